@@ -1,0 +1,68 @@
+"""`sfumato train`: a training run by its recipe, with a line that says how far it is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+
+def train(
+    config: Annotated[Path, Parameter(help="Recipe, a .toml file; see configs/.")],
+    /,
+    *overrides: Annotated[
+        str, Parameter(allow_leading_hyphen=True, help="Values of the recipe to change: --loop.images=50000")
+    ],
+) -> None:
+    """Train by a recipe; run it again to resume."""
+    from sfumato.training import run  # imports torch
+
+    path = run(config, joined(overrides), reporter())
+    print(path)
+
+
+def joined(words: tuple[str, ...]) -> list[str]:
+    """Overrides as `key=value`: "--a.b", "3" is taken as "--a.b=3"."""
+    found: list[str] = []
+    for word in words:
+        if found and "=" not in found[-1] and not word.startswith("--"):
+            found[-1] += f"={word}"
+        else:
+            found.append(word)
+    return found
+
+
+def reporter() -> Callable[[Mapping[str, Any]], None]:
+    """Shows metrics: on a terminal one line that is redrawn (with rich, extra "train"), else a line each."""
+    if not sys.stderr.isatty():
+        return lambda values: print(line(values), file=sys.stderr, flush=True)
+    from rich.console import Console  # cyclopts brings it along
+
+    console = Console(stderr=True, highlight=False)
+    status = console.status("starting")
+    status.start()
+
+    def show(values: Mapping[str, Any]) -> None:
+        if "images_per_second" in values:
+            status.update(line(values))
+        else:
+            console.print(line(values))  # scores and warnings stay on the screen
+
+    return show
+
+
+def line(values: Mapping[str, Any]) -> str:
+    """The metrics in one line: images seen, scores, speed, time left."""
+    words = [f"{values['seen']:,} images"] if "seen" in values else []
+    for name, value in values.items():
+        if name == "images_per_second":
+            words.append(f"{value:.1f} images/s")
+        elif name == "seconds_left":
+            minutes, seconds = divmod(round(value), 60)
+            words.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left")
+        elif name != "seen":
+            words.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
+    return "  ".join(words)

@@ -1,0 +1,1 @@
+"""The mathematics of diffusion: schedule, prediction, spacing, samplers, guidance and noise; no networks."""

@@ -1,0 +1,398 @@
+"""The denoising U-Net of latent diffusion, with the original state-dict names (Rombach et al. 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sfumato.errors import InputError
+from sfumato.nn.attention import (
+    Attend,
+    AttentionBlock,
+    CrossAttention,
+    SpatialTransformer,
+    SpatialTransformerConfig,
+    attend,
+)
+from sfumato.nn.layers import (
+    Downsample,
+    ResBlock,
+    ResBlockConfig,
+    Upsample,
+    conv_nd,
+    perceptron,
+    resampling_factors,
+    timestep_embedding,
+    zero_,
+)
+
+PER_LEVEL = ("num_res_blocks", "transformer_depth")
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Architecture of a U-Net, under LDM's own option names; lists are taken as tuples.
+
+    in_channels, out_channels: of the sample (concatenated conditions included) and of the prediction.
+    model_channels: the base width; `channel_mult` multiplies it, level by level, each level half as large.
+    num_res_blocks: residual blocks in each level, one number or one per level.
+    attention_resolutions: the downsampling factors (1, 2, 4, ...) that have attention; the middle always has.
+    dropout: rate inside the residual blocks.
+    conv_resample: resample with learned convolutions, where `resblock_updown` does not with residual blocks.
+    dims: 1 for sequences, 2 for pictures, 3 for volumes (whose depth is never resampled).
+    num_classes: a number of integer labels; "sequential" for vectors of `adm_in_channels` floats (implied by
+        giving that width); "continuous" for one float; None or 0 for none.
+    num_heads, num_head_channels: attention heads by number or by width; the width wins where both are given.
+    num_heads_upsample: heads of the decoder's plain attention blocks, read where `legacy` counts them.
+    use_scale_shift_norm: the timestep scales and shifts the second normalised map; else it is added before.
+    use_spatial_transformer: transformers of `transformer_depth` blocks (one number or one per level) instead
+        of plain attention blocks. `transformer_depth_middle` is the last level's where None. `context_dim` is
+        the width of the tokens that they attend to; None leaves them with self-attention.
+    use_linear_in_transformer: linear layers instead of 1-wide convolutions around the transformer blocks.
+    use_new_attention_order: order of the channels in plain attention blocks, see `AttentionBlock`.
+    legacy: LDM's first rule for heads; differs only where the heads do not divide the channels evenly.
+    num_groups: groups of every group normalisation, a divisor of `model_channels`.
+
+    Raises InputError for options that contradict each other.
+    """
+
+    in_channels: int
+    out_channels: int
+    model_channels: int
+    num_res_blocks: int | tuple[int, ...]
+    attention_resolutions: tuple[int, ...]
+    dropout: float = 0.0
+    channel_mult: tuple[int, ...] = (1, 2, 4, 8)
+    conv_resample: bool = True
+    dims: int = 2
+    num_classes: int | Literal["sequential", "continuous"] | None = None
+    adm_in_channels: int | None = None
+    num_heads: int = -1
+    num_head_channels: int = -1
+    num_heads_upsample: int = -1
+    use_scale_shift_norm: bool = False
+    resblock_updown: bool = False
+    use_spatial_transformer: bool = False
+    transformer_depth: int | tuple[int, ...] = 1
+    transformer_depth_middle: int | None = None
+    context_dim: int | None = None
+    use_linear_in_transformer: bool = False
+    use_new_attention_order: bool = False
+    legacy: bool = True
+    num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        for name in ("attention_resolutions", "channel_mult", *PER_LEVEL):
+            value = getattr(self, name)
+            if isinstance(value, Sequence):
+                object.__setattr__(self, name, tuple(value))
+        if self.num_classes == 0:
+            object.__setattr__(self, "num_classes", None)
+        if self.num_classes is None and self.adm_in_channels is not None:
+            object.__setattr__(self, "num_classes", "sequential")
+        _check_config(self)
+
+    @property
+    def downsampling(self) -> int:
+        """Factor between the first and the last level."""
+        return 2 ** (len(self.channel_mult) - 1)
+
+    def residual_blocks(self, level: int) -> int:
+        """Residual blocks of the encoder's level; the decoder has one more."""
+        blocks = self.num_res_blocks
+        return blocks if isinstance(blocks, int) else blocks[level]
+
+    def depth(self, level: int) -> int:
+        """Transformer blocks in each spatial transformer of the level."""
+        depth = self.transformer_depth
+        return depth if isinstance(depth, int) else depth[level]
+
+    def heads(self, channels: int, *, decoder: bool = False) -> tuple[int, int]:
+        """Number and width of the attention heads at `channels`, by LDM's rules.
+
+        Plain attention blocks need heads that fill the channels exactly; InputError where they do not.
+        """
+        plain, by_width = not self.use_spatial_transformer, self.num_head_channels != -1
+        count, width = self.num_heads, self.num_head_channels
+        if plain and self.legacy and decoder and self.num_heads_upsample != -1:
+            count = self.num_heads_upsample
+        count, width = (channels // width, width) if by_width else (count, channels // count)
+        if width and plain and not self.legacy:
+            count = channels // width
+        if count and not plain and self.legacy:
+            width = channels // count
+        if count < 1 or width < 1 or (plain and count * width != channels):
+            asked = f"num_heads={self.num_heads}, num_head_channels={self.num_head_channels}"
+            raise InputError(f"{asked}: no such heads in {channels} channels.", "Choose a divisor of them.")
+        return count, width
+
+
+@dataclass(frozen=True)
+class Patch:
+    """The block seam: functions that replace or follow what happens at named places inside a U-Net.
+
+    attention(name, q, k, v): the attention itself, (b, heads, tokens, width) each, returning the shape of q;
+        `name` is the module's state-dict name, e.g. "middle_block.1.transformer_blocks.0.attn1".
+    encoder(i, h): what leaves `input_blocks.i`, for the next block and for the skip connection.
+    skip(i, h, skip): what enters `output_blocks.i`, as the pair (h, skip), before they are joined.
+    """
+
+    attention: Attend = attend
+    encoder: Callable[[int, Tensor], Tensor] = lambda i, h: h
+    skip: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] = lambda i, h, skip: (h, skip)
+
+
+class Stage(nn.ModuleList):
+    """One numbered block of the U-Net: layers in turn, each given the conditions that its kind takes."""
+
+    def forward(self, h: Tensor, emb: Tensor, context: Tensor | None, attend: Attend) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context, attend)
+            elif isinstance(layer, AttentionBlock):
+                h = layer(h, attend)
+            else:
+                h = layer(h)
+        return h
+
+
+class UNet(nn.Module):
+    """Predicts noise, velocity or sample from a noised sample; see `forward`.
+
+    Set `gradient_checkpointing` to recompute each block in the backward pass instead of storing activations.
+    The functions that build its parts also make control networks, whose keys then are equal.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gradient_checkpointing = False
+        width = config.model_channels
+        self.time_embed = perceptron(width, 4 * width)
+        self.label_emb = build_label_embedding(config)
+        self.input_blocks, skips = build_input_blocks(config)
+        self.middle_block = build_middle_block(config)
+        self.output_blocks = build_output_blocks(config, skips)
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.num_groups, config.channel_mult[0] * width),
+            nn.SiLU(),
+            conv_nd(config.dims, config.channel_mult[0] * width, config.out_channels, 3),
+        )
+        zero_(self.out[2])
+        name_attention(self)
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        vector: Tensor | None = None,
+        residuals: Sequence[Tensor] = (),
+        patch: Patch | None = None,
+    ) -> Tensor:
+        """Raw prediction (b, out_channels, *s), in the dtype of x, for samples x: (b, in_channels, *s).
+
+        timesteps: (b,), integers or fractions. context: (b, tokens, context_dim), if and only if the network
+        has a context_dim. vector: (b,) long labels or (b, adm_in_channels) floats, if and only if it has
+        classes. residuals: one for each input block's skip connection, and one for the middle block's output.
+        Raises InputError for a shape that does not fit, naming the nearest size that does.
+        """
+        check_inputs(self.config, x, context, vector)
+        check_residuals(residuals, len(self.input_blocks))
+        patch = Patch() if patch is None else patch
+        emb = self.embed(timesteps, vector, x.dtype)
+        skips: list[Tensor] = []
+        h = x
+        for i, stage in enumerate(self.input_blocks):
+            h = patch.encoder(i, self._run(stage, h, emb, context, patch.attention))
+            skips.append(h)
+        h = self._run(self.middle_block, h, emb, context, patch.attention)
+        if residuals:
+            h = h + residuals[-1]
+            skips = [skip + residual for skip, residual in zip(skips, residuals[:-1], strict=True)]
+        for i, stage in enumerate(self.output_blocks):
+            h = torch.cat(patch.skip(i, h, skips.pop()), dim=1)
+            h = self._run(stage, h, emb, context, patch.attention)
+        return self.out(h).to(x.dtype)
+
+    def embed(self, timesteps: Tensor, vector: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """What every residual block is told: the timestep and, where the network has classes, `vector`."""
+        emb = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(dtype))
+        return emb if vector is None else emb + self.label_emb(vector)
+
+    def _run(self, stage: nn.Module, *inputs: Tensor | Attend | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, *inputs, use_reentrant=False)
+        return stage(*inputs)
+
+
+def build_label_embedding(config: UNetConfig) -> nn.Module:
+    """The layer that takes `vector` to the width of the timestep embedding; no parameters without classes."""
+    width = 4 * config.model_channels
+    if isinstance(config.num_classes, int):
+        return nn.Embedding(config.num_classes, width)
+    if config.num_classes == "sequential" and config.adm_in_channels is not None:
+        return nn.Sequential(perceptron(config.adm_in_channels, width))
+    return nn.Linear(1, width) if config.num_classes == "continuous" else nn.Identity()
+
+
+def build_input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
+    """The encoder and the channels that each of its blocks gives to its skip connection."""
+    channels = config.model_channels
+    blocks = nn.ModuleList([Stage([conv_nd(config.dims, config.in_channels, channels, 3)])])
+    skips = [channels]
+    for level, multiplier in enumerate(config.channel_mult):
+        for _ in range(config.residual_blocks(level)):
+            layers: list[nn.Module] = [_res_block(config, channels, multiplier * config.model_channels)]
+            channels = multiplier * config.model_channels
+            if 2**level in config.attention_resolutions:
+                layers.append(_attention(config, channels, config.depth(level)))
+            blocks.append(Stage(layers))
+            skips.append(channels)
+        if level < len(config.channel_mult) - 1:
+            blocks.append(Stage([_resample(config, channels, Downsample)]))
+            skips.append(channels)
+    return blocks, skips
+
+
+def build_middle_block(config: UNetConfig) -> Stage:
+    """Residual block, attention, residual block at the lowest resolution."""
+    channels = config.channel_mult[-1] * config.model_channels
+    depth = config.transformer_depth_middle
+    depth = config.depth(len(config.channel_mult) - 1) if depth is None else depth
+    return Stage(
+        [
+            _res_block(config, channels, channels),
+            _attention(config, channels, depth),
+            _res_block(config, channels, channels),
+        ]
+    )
+
+
+def build_output_blocks(config: UNetConfig, skips: Sequence[int]) -> nn.ModuleList:
+    """The decoder; `skips` are the encoder's channels in its own order."""
+    remaining = list(skips)
+    channels = config.channel_mult[-1] * config.model_channels
+    blocks = nn.ModuleList()
+    for level, multiplier in reversed(list(enumerate(config.channel_mult))):
+        for i in range(config.residual_blocks(level) + 1):
+            in_channels = channels + remaining.pop()
+            channels = multiplier * config.model_channels
+            layers: list[nn.Module] = [_res_block(config, in_channels, channels)]
+            if 2**level in config.attention_resolutions:
+                layers.append(_attention(config, channels, config.depth(level), decoder=True))
+            if level > 0 and i == config.residual_blocks(level):
+                layers.append(_resample(config, channels, Upsample))
+            blocks.append(Stage(layers))
+    return blocks
+
+
+def name_attention(network: nn.Module) -> None:
+    """Tell every attention module in `network` its state-dict name, for the block seam."""
+    for name, module in network.named_modules():
+        if isinstance(module, CrossAttention | AttentionBlock):
+            module.name = name
+
+
+def check_inputs(config: UNetConfig, x: Tensor, context: Tensor | None, vector: Tensor | None) -> None:
+    """Raise InputError where an input does not fit the network of `config`, naming what would."""
+    if x.ndim != config.dims + 2 or x.shape[1] != config.in_channels:
+        axes = ", ".join("dhw"[-config.dims :])
+        wanted = f"(b, {config.in_channels}, {axes})"
+        raise InputError(f"The sample has shape {tuple(x.shape)}; this network takes {wanted}.")
+    steps = [config.downsampling if factor == 2 else 1 for factor in resampling_factors(config.dims)]
+    size = tuple(x.shape[2:])
+    nearest = tuple(max(1, round(length / step)) * step for length, step in zip(size, steps, strict=True))
+    if size != nearest:
+        raise InputError(f"Size {size} must be a multiple of {tuple(steps)}.", f"The nearest is {nearest}.")
+    given = "none" if context is None else f"{tuple(context.shape)}"
+    if config.context_dim is None and context is not None:
+        raise InputError(f"A context {given} was given to a network without context_dim.", "Leave it out.")
+    if config.context_dim is not None and (context is None or context.shape[2:] != (config.context_dim,)):
+        raise InputError(f"This network takes a context (b, tokens, {config.context_dim}); got {given}.")
+    given = "none" if vector is None else f"{tuple(vector.shape)} {vector.dtype}"
+    if config.num_classes is None and vector is not None:
+        raise InputError(f"A vector {given} was given to a network without classes.", "Leave it out.")
+    labels = vector is not None and vector.ndim == 1 and not vector.is_floating_point()
+    if isinstance(config.num_classes, int) and not labels:
+        raise InputError(f"This network takes (b,) integer labels below {config.num_classes}; got {given}.")
+    width = config.adm_in_channels or 1
+    if isinstance(config.num_classes, str) and (vector is None or vector.shape[1:] != (width,)):
+        raise InputError(f"This network takes a vector (b, {width}) of floats; got {given}.")
+
+
+def check_residuals(residuals: Sequence[Tensor], num_blocks: int) -> None:
+    """Raise InputError unless there are no residuals, or `num_blocks` and one for the middle block."""
+    if len(residuals) not in (0, num_blocks + 1):
+        raise InputError(
+            f"Got {len(residuals)} residuals; this network takes none or {num_blocks + 1}.",
+            f"Give {num_blocks} for its skip connections, then one for its middle block.",
+        )
+
+
+def _check_config(config: UNetConfig) -> None:
+    levels = len(config.channel_mult)
+    for name in PER_LEVEL:
+        value = getattr(config, name)
+        if isinstance(value, tuple) and len(value) != levels:
+            raise InputError(f"{name}={value} must be one number, or {levels} as channel_mult has levels.")
+    if config.dims not in (1, 2, 3):
+        raise InputError(f"dims={config.dims} must be 1, 2 or 3.")
+    heads = (config.num_heads, config.num_head_channels)
+    if max(heads) < 1 or any(number < 1 and number != -1 for number in (*heads, config.num_heads_upsample)):
+        given = f"num_heads={heads[0]}, num_head_channels={heads[1]}"
+        raise InputError(f"{given}: one must be positive, -1 leaves the other unset.", "Set one of them.")
+    if config.context_dim is not None and not config.use_spatial_transformer:
+        raise InputError(f"context_dim={config.context_dim} needs use_spatial_transformer=True.")
+    if config.model_channels % config.num_groups:
+        raise InputError(
+            f"num_groups={config.num_groups} must divide model_channels={config.model_channels}."
+        )
+    if (config.num_classes == "sequential") != (config.adm_in_channels is not None):
+        raise InputError(
+            f"num_classes={config.num_classes!r} does not go with adm_in_channels={config.adm_in_channels}.",
+            'A vector\'s width is needed with num_classes="sequential", and with nothing else.',
+        )
+
+
+def _res_block(
+    config: UNetConfig, in_channels: int, out_channels: int, resample: nn.Module | None = None
+) -> ResBlock:
+    shared = ResBlockConfig(
+        emb_channels=4 * config.model_channels,
+        dropout=config.dropout,
+        dims=config.dims,
+        use_scale_shift_norm=config.use_scale_shift_norm,
+        num_groups=config.num_groups,
+    )
+    return ResBlock(shared, in_channels, out_channels, resample)
+
+
+def _resample(config: UNetConfig, channels: int, kind: type[Downsample] | type[Upsample]) -> nn.Module:
+    if config.resblock_updown:
+        return _res_block(config, channels, channels, kind(channels, use_conv=False, dims=config.dims))
+    return kind(channels, use_conv=config.conv_resample, dims=config.dims)
+
+
+def _attention(config: UNetConfig, channels: int, depth: int, *, decoder: bool = False) -> nn.Module:
+    heads, dim_head = config.heads(channels, decoder=decoder)
+    if not config.use_spatial_transformer:
+        order = config.use_new_attention_order
+        return AttentionBlock(channels, heads, use_new_attention_order=order, num_groups=config.num_groups)
+    transformer = SpatialTransformerConfig(
+        heads=heads,
+        dim_head=dim_head,
+        depth=depth,
+        context_dim=config.context_dim,
+        use_linear=config.use_linear_in_transformer,
+        dims=config.dims,
+        num_groups=config.num_groups,
+    )
+    return SpatialTransformer(channels, transformer)

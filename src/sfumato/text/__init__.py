@@ -1,0 +1,1 @@
+"""From words to what a network is conditioned on: tokens, prompts, and the text encoder's states."""

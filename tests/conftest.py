@@ -1,0 +1,92 @@
+"""Models small enough to draw with in milliseconds; their weights are random but the same in every run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sfumato.checkpoints.save import save_file
+from sfumato.model import StableDiffusion
+from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
+from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.presets import ModelConfig
+from sfumato.text.tokenizer import Tokenizer
+
+CAPTIONS = ["a red apple", "a blue apple", "a fox in a snowy forest", "two green pears on a table"]
+CONTEXT = 8  # tokens
+
+
+def randomised(module: nn.Module, seed: int) -> nn.Module:
+    """Give every weight a small random value, those that start at zero too; ready to draw with."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        values = torch.randn(parameter.shape, generator=generator) / max(1, parameter[0].numel()) ** 0.5
+        parameter.data = values if parameter.ndim > 1 else 1 + 0.1 * values
+    return module.requires_grad_(False).eval()
+
+
+def tiny_config() -> ModelConfig:
+    tokenizer = Tokenizer.train(CAPTIONS, 540, CONTEXT)
+    return ModelConfig(
+        name="tiny",
+        unet=UNetConfig(
+            in_channels=2, out_channels=2, model_channels=16, num_res_blocks=1, attention_resolutions=(2,),
+            channel_mult=(1, 2), num_heads=2, use_spatial_transformer=True, context_dim=16, num_groups=8,
+        ),
+        autoencoder=AutoencoderConfig(
+            z_channels=2, resolution=16, ch=8, ch_mult=(1, 2), num_res_blocks=1, embed_dim=2, num_groups=8,
+        ),
+        text=CLIPTextConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=CONTEXT, eos_token_id=tokenizer.end_id,
+        ),
+        tokenizer=tokenizer.to_json(),
+        image_size=(16, 16),
+        defaults={"steps": 4, "guidance": 3.0, "sampler": "dpmpp_2m"},
+    )  # fmt: skip
+
+
+def networks(config: ModelConfig) -> dict[str, nn.Module]:
+    """The parts of a configuration, with random weights."""
+    assert config.unet is not None
+    parts = {"unet": randomised(UNet(config.unet), 1)}
+    if config.autoencoder is not None:
+        parts["autoencoder"] = randomised(AutoencoderKL(config.autoencoder), 2)
+    if config.text is not None:
+        parts["text"] = randomised(CLIPTextEncoder(config.text), 3)
+    return parts
+
+
+@pytest.fixture
+def tiny_model() -> StableDiffusion:
+    """A latent text-to-image model of 16x16 pictures: f = 2, two latent channels, eight tokens."""
+    config = tiny_config()
+    return StableDiffusion(config, networks(config))
+
+
+@pytest.fixture(scope="session")
+def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model as a file."""
+    config, path = tiny_config(), tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    parts = {part: module.state_dict() for part, module in networks(config).items()}
+    save_file(path, config, parts, torch.float32)
+    return path
+
+
+@pytest.fixture
+def pixel_model() -> StableDiffusion:
+    """An unconditional model of grey 8x8 pictures: neither autoencoder nor text encoder."""
+    config = ModelConfig(
+        name="pixels",
+        unet=UNetConfig(
+            in_channels=1, out_channels=1, model_channels=8, num_res_blocks=1, attention_resolutions=(),
+            channel_mult=(1, 2), num_heads=1, num_groups=4,
+        ),
+        image_size=(8, 8),
+        defaults={"steps": 3},
+    )  # fmt: skip
+    return StableDiffusion(config, networks(config))
