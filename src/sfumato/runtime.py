@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import InputError, ResourceError, nearest
 
@@ -42,6 +47,32 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
         raise InputError(f"there is no dtype {str(dtype)!r}", nearest(str(dtype), ["auto", *DTYPES]))
     assert found is not None
     return found
+
+
+class _WithoutInitialisation(TorchFunctionMode):
+    """Leaves tensors as they are where `torch.nn.init` would fill them."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        named = dict(kwargs or {})
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return named["tensor"] if "tensor" in named else args[0]
+        return func(*args, **named)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Modules built inside have shapes but no values (the meta device), for weights to be assigned to.
+
+    Their initialisation is left out, since filling meta tensors makes torch import its compiler, which takes 2 s.
+    """
+    with torch.device("meta"), _WithoutInitialisation():
+        yield
 
 
 def _available(kind: str) -> bool:

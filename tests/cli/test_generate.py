@@ -66,8 +66,8 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
     values = read_parameters(place / "out" / "fox-1.png")
     given = {
         "prompt": "a fox", "negative_prompt": "a red apple", "steps": 3, "sampler": "ddim",
-        "spacing": "uniform", "eta": 0.5, "guidance": 2.0, "seed": 10, "width": 8, "height": 16, "deterministic": True,
-        "shared_start": True, "batch_index": 1, "batch_size": 2, "dtype": "float32",
+        "spacing": "uniform", "eta": 0.5, "guidance": 2.0, "seed": 10, "width": 8, "height": 16,
+        "deterministic": True, "shared_start": True, "batch_index": 1, "batch_size": 2, "dtype": "float32",
     }  # fmt: skip
     assert {name: values[name] for name in given} == given and len(values["start_noise_sha256"]) == 64
     flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}

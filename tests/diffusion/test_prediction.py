@@ -69,7 +69,8 @@ def test_between_timesteps() -> None:
     assert seen[0].item() == pytest.approx(10.5, abs=1e-5)
 
 
-def test_half_precision_stays_inside_the_network() -> None:
+@pytest.mark.parametrize("name", PREDICTIONS)
+def test_half_precision_stays_inside_the_network(name: str) -> None:
     seen: list[torch.dtype] = []
 
     def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -77,7 +78,7 @@ def test_half_precision_stays_inside_the_network() -> None:
         return x
 
     x = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
-    got = Predictor(network, SD1, "v", torch.bfloat16)(x, 2.0, Conditioning())
+    got = Predictor(network, SD1, name, torch.bfloat16)(x, 2.0, Conditioning())
     assert seen == [torch.bfloat16, torch.float32]
     assert got.dtype == torch.float32
 

@@ -1,4 +1,4 @@
-"""Every sampler against the reference scheduler, LDM's DDIM formula and the printed DDPM loop, noise for noise."""
+"""Every sampler against its reference scheduler, LDM's DDIM and the printed DDPM loop, noise for noise."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import diffusers
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
 from torch import Tensor
 
 from sfumato.conditioning import Conditioning
@@ -19,7 +24,7 @@ from sfumato.diffusion.spacing import SPACINGS, trailing
 
 Denoise = Callable[[Tensor, float], Tensor]
 SD1 = Schedule(ScheduleConfig())
-OPTIONS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+OPTIONS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (2, 3, 4, 4)
 
 
@@ -62,13 +67,11 @@ def run_exploding(scheduler: Any, denoise: Denoise, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("steps", [20, 50, 1000])
 @pytest.mark.parametrize(("variance", "theirs"), [("large", "fixed_large"), ("small", "fixed_small")])
 def test_ddpm(
-    monkeypatch: pytest.MonkeyPatch, mixture: Denoise, steps: int, variance: str, theirs: str
+    monkeypatch: pytest.MonkeyPatch, mixture: Denoise, steps: int, variance: str, theirs: Any
 ) -> None:
     noise = tape(steps)
     scheduler = exact(
-        diffusers.DDPMScheduler(
-            **OPTIONS, variance_type=theirs, clip_sample=False, timestep_spacing="trailing"
-        )
+        DDPMScheduler(**OPTIONS, variance_type=theirs, clip_sample=False, timestep_spacing="trailing")
     )
     scheduler.set_timesteps(steps)
     drawn_from(monkeypatch, scheduler, noise)
@@ -87,10 +90,10 @@ def test_ddpm(
 @pytest.mark.parametrize("steps", [10, 25])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("name", ["leading", "trailing"])
-def test_ddim(mixture: Denoise, steps: int, eta: float, name: str) -> None:
+def test_ddim(mixture: Denoise, steps: int, eta: float, name: Any) -> None:
     noise = tape(steps)
     scheduler = exact(
-        diffusers.DDIMScheduler(
+        DDIMScheduler(
             **OPTIONS,
             clip_sample=False,
             set_alpha_to_one=name == "trailing",
@@ -119,9 +122,9 @@ def test_ddim(mixture: Denoise, steps: int, eta: float, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "scheduler_class"),
     [
-        ("euler", diffusers.EulerDiscreteScheduler),
-        ("heun", diffusers.HeunDiscreteScheduler),
-        ("dpmpp_2m", diffusers.DPMSolverMultistepScheduler),
+        ("euler", EulerDiscreteScheduler),
+        ("heun", HeunDiscreteScheduler),
+        ("dpmpp_2m", DPMSolverMultistepScheduler),
     ],
 )
 def test_deterministic(name: str, scheduler_class: Any, karras: bool, mixture: Denoise) -> None:
@@ -151,7 +154,7 @@ def test_deterministic(name: str, scheduler_class: Any, karras: bool, mixture: D
 
 def test_euler_ancestral(monkeypatch: pytest.MonkeyPatch, mixture: Denoise) -> None:
     noise = tape(15, torch.float32)
-    scheduler = diffusers.EulerAncestralDiscreteScheduler(**OPTIONS)
+    scheduler = EulerAncestralDiscreteScheduler(**OPTIONS)
     scheduler.set_timesteps(15)
     drawn_from(monkeypatch, scheduler, noise)
     sigmas = [float(sigma) for sigma in scheduler.sigmas]
@@ -161,7 +164,7 @@ def test_euler_ancestral(monkeypatch: pytest.MonkeyPatch, mixture: Denoise) -> N
 
 
 def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """A fixed network of two layers with a timestep embedding, float64; it predicts neither signal nor noise well."""
+    """A fixed float64 network of two layers with a timestep embedding; it predicts nothing well."""
     generator = torch.Generator().manual_seed(11)
     first, second = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
     hidden = torch.tanh(
@@ -176,7 +179,7 @@ def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     ids=["short", "ddpm", "stable diffusion"],
 )
 def test_ddpm_is_the_printed_loop(config: ScheduleConfig) -> None:
-    """The textbook loop: t from T - 1 to 0, x <- sqrt(1/alpha) (x - (1 - alpha) eps / sqrt(1 - abar)) + sqrt(beta) z."""
+    """Ho et al. 2020, algorithm 2, as textbooks print it: t from T - 1 to 0, and z = 0 at the end."""
     schedule = Schedule(config)
     steps = schedule.num_timesteps
     noise = tape(steps)
@@ -207,7 +210,7 @@ def test_ddpm_is_the_printed_loop(config: ScheduleConfig) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
 def test_ddim_is_the_formula_of_latent_diffusion(eta: float) -> None:
-    """Song et al. 2021, eq. 12 and 16, with timesteps 1, 1 + r ... and alpha at timestep 0 after the last step."""
+    """Song et al. 2021, eq. 12 and 16, on timesteps 1, 1 + r ... and at timestep 0 after the last step."""
     steps = 40
     noise = tape(steps)
     values = iter(noise[1:])

@@ -102,7 +102,10 @@ CRITTERS = AvatarStyle(
         "shape": variants("body", SHAPES),
         "body": Feature(
             {  # the parts on top follow the body's colour, so that they need no words
-                word: {"bodyColor": [code], "accentColor": [LIGHT["pink" if word in ("yellow", "green") else "yellow"]]}
+                word: {
+                    "bodyColor": [code],
+                    "accentColor": [LIGHT["pink" if word in ("yellow", "green") else "yellow"]],
+                }
                 for word, code in LIGHT.items()
             }
         ),

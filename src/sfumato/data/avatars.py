@@ -1,4 +1,4 @@
-"""Rows of DiceBear avatars: options are forced from word tables, so the caption says exactly what is drawn."""
+"""Rows of DiceBear avatars: options are forced from word tables, so the captions say what is drawn."""
 
 from __future__ import annotations
 
@@ -42,8 +42,15 @@ class AvatarStyle:
     captions: Callable[[Values], list[str]]
     fixed: Options = field(default_factory=dict)
 
+    @property
+    def thing(self) -> str:
+        """The style's name in the singular, which is what its avatars show."""
+        return self.name.removesuffix("s")
 
-def variants(component: str, words: Mapping[str, str]) -> Feature:
+
+def variants(
+    component: str, words: Mapping[str, str], needs: tuple[str, frozenset[str]] | None = None
+) -> Feature:
     """A component whose variant is named by a word; the variant "" is the component's absence."""
 
     def options(variant: str) -> Options:
@@ -51,10 +58,12 @@ def variants(component: str, words: Mapping[str, str]) -> Feature:
             return {f"{component}Probability": 0}
         return {f"{component}Variant": [variant], f"{component}Probability": 100}
 
-    return Feature({word: options(variant) for word, variant in words.items()})
+    return Feature({word: options(variant) for word, variant in words.items()}, needs)
 
 
-def colours(component: str, words: Mapping[str, str], needs: tuple[str, frozenset[str]] | None = None) -> Feature:
+def colours(
+    component: str, words: Mapping[str, str], needs: tuple[str, frozenset[str]] | None = None
+) -> Feature:
     """A colour by name: word -> "#rrggbb"."""
     return Feature({word: {f"{component}Color": [code]} for word, code in words.items()}, needs)
 
@@ -63,13 +72,17 @@ def definition(name: str) -> Any:
     """The JSON of a style out of dicebear-styles, which must be CC0 by its own statement."""
     check_python_packages()
     try:
-        text = importlib.resources.files("dicebear_styles").joinpath(f"{name}.json").read_text(encoding="utf-8")
+        text = (
+            importlib.resources.files("dicebear_styles").joinpath(f"{name}.json").read_text(encoding="utf-8")
+        )
     except (ModuleNotFoundError, FileNotFoundError) as error:
         raise ResourceError(f"dicebear-styles has no style {name!r}", INSTALL_DATA) from error
     style = json.loads(text)
     licence = style["meta"]["license"]
     if licence["url"] != CC0:
-        raise DataError(f"the style {name!r} is licensed {licence['name']!r}", "Only CC0 1.0 styles are used.")
+        raise DataError(
+            f"the style {name!r} is licensed {licence['name']!r}", "Only CC0 1.0 styles are used."
+        )
     return style
 
 
@@ -116,7 +129,7 @@ def draw_values(style: AvatarStyle, *names: object) -> Values:
 
 
 def avatar_rows(style: AvatarStyle, seed: int, train: int, test: int) -> Iterator[tuple[Row, Values]]:
-    """`train` and `test` rows with the values to draw: test rows show held-out pairs, training rows never do."""
+    """`train` and `test` rows with the values to draw; test rows show held-out pairs, training rows none."""
     held = held_out_values(style)
     first, second = style.held_out
     background: tuple[int, int, int] = (255, 255, 255)  # covered: an avatar brings its own background
@@ -137,6 +150,6 @@ def avatar_rows(style: AvatarStyle, seed: int, train: int, test: int) -> Iterato
                 kind="avatar",
                 background=background,
                 layers=[{"picture": key, "box": (0, 0, 1, 1)}],
-                attributes={"style": style.name, "object": style.name.removesuffix("s"), **values},
+                attributes={"style": style.name, "object": style.thing, **values},
             )
             yield row, values

@@ -1,8 +1,8 @@
-"""Rows of single drawings: an object in a style on a plain background, with one family held out for a quarter."""
+"""Rows of single drawings: an object in a style on a plain background; some drawings are held out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from sfumato.data.emoji import FAMILIES
@@ -22,6 +22,13 @@ class Drawings:
 
     things: tuple[Thing, ...]
     keys: Mapping[tuple[str, str], str]
+
+    @classmethod
+    def of(cls, things: Iterable[Thing], pictures: Mapping[tuple[str, str], tuple[str, bytes]]) -> Drawings:
+        """Those of `things` that at least one of the encoded pictures shows."""
+        keys = {place: key for place, (key, _) in pictures.items()}
+        drawn = {code for code, _ in keys}
+        return cls(tuple(thing for thing in things if thing.label.code in drawn), keys)
 
     def styles(self, thing: Thing) -> list[str]:
         """Styles that draw `thing`, in the order of the style table."""
@@ -54,11 +61,13 @@ def captions(thing: Thing, style: str, colour: str) -> list[str]:
 
 
 def drawing_rows(drawings: Drawings, seed: int) -> Iterator[Row]:
-    """Rows of every drawing: four on white and four on colours in training, each background once in the test."""
+    """Every drawing: in training four rows on white and four on colours, in the test each background once."""
     for thing in drawings.things:
         for style in drawings.styles(thing):
             split = drawings.split(thing, style)
-            order = sorted(training_colours(thing), key=lambda colour: unit(seed, thing.label.code, style, colour))
+            order = sorted(
+                training_colours(thing), key=lambda colour: unit(seed, thing.label.code, style, colour)
+            )
             colours = ["white"] * WHITE_ROWS + order[:COLOUR_ROWS] if split == "train" else ["white", *order]
             for number, colour in enumerate(colours):
                 yield Row(

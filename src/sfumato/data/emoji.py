@@ -27,7 +27,6 @@ class Label:
     code: str
     label: str
     group: int
-    tags: tuple[str, ...] = ()
 
 
 class IconSet:
@@ -74,7 +73,7 @@ def read_labels(npm_dir: Path) -> list[Label]:
     """Every CLDR object with a group (no components), in the order of the data file; names without tones."""
     entries = obtain(LABELS, npm_dir).json("package/en/data.json")
     return [
-        Label(normal(entry["hexcode"]), entry["label"], entry["group"], tuple(entry.get("tags", ())))
+        Label(normal(entry["hexcode"]), entry["label"], entry["group"])
         for entry in entries
         if "group" in entry
     ]
@@ -104,7 +103,9 @@ class Art:
 
 def read_art(styles: tuple[str, ...], npm_dir: Path) -> Art:
     """The icon sets of `styles`, with those whose names they need."""
-    needed = set(styles) | ({"flat"} if "fluent" in styles else set()) | ({"noto"} if "blob" in styles else set())
+    needed = (
+        set(styles) | ({"flat"} if "fluent" in styles else set()) | ({"noto"} if "blob" in styles else set())
+    )
     sets = {}
     for style in (style for style in STYLES if style in needed):
         tarball = obtain(ART[style], npm_dir)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sfumato.data.emoji import FAMILIES, Label
+from sfumato.data.labels import noun_phrase
 from sfumato.data.split import is_held_out, pick
-from sfumato.data.words import plural, with_article
-from sfumato.errors import DataError, InputError, nearest
+from sfumato.data.words import parse_list, plural, with_article
+from sfumato.errors import DataError
 
 HELD_OUT_OBJECTS = 0.25
 
@@ -17,30 +18,30 @@ HELD_OUT_OBJECTS = 0.25
 # "*" marks a name that is no single countable thing ("grapes"), which keeps its form and is never counted.
 SMALL = """
 fox; cat face = cat; dog face = dog; lion; tiger face = tiger; bear; panda; koala; rabbit face = rabbit
-mouse face = mouse; pig face = pig; cow face = cow; monkey face = monkey; frog; unicorn; chicken; penguin; owl; duck
-elephant; spouting whale = whale; octopus; crab; turtle; snail; butterfly; lady beetle = ladybug; honeybee = bee
-spider; snake; crocodile; camel; tropical fish = fish; shark; bat
+mouse face = mouse; pig face = pig; cow face = cow; monkey face = monkey; frog; unicorn; chicken; penguin
+owl; duck; elephant; spouting whale = whale; octopus; crab; turtle; snail; butterfly
+lady beetle = ladybug; honeybee = bee; spider; snake; crocodile; camel; tropical fish = fish; shark; bat
 rose; sunflower; tulip; cactus; evergreen tree = pine tree; deciduous tree = tree; palm tree
-four leaf clover = four-leaf clover; maple leaf; mushroom
-red apple; banana; grapes *; watermelon; lemon; pineapple; pear; strawberry; cherries *; tomato; avocado; eggplant
-carrot; bread = loaf of bread; croissant; cheese wedge = piece of cheese; hamburger; french fries *; pizza; hot dog
-doughnut = donut; cookie; birthday cake; soft ice cream = ice cream cone; lollipop; hot beverage = cup of coffee
-house; castle; tent; ferris wheel; volcano; snow-capped mountain = snowy mountain; bus; fire engine = fire truck
+four leaf clover = four-leaf clover; maple leaf; mushroom; red apple; banana; grapes *; watermelon; lemon
+pineapple; pear; strawberry; cherries *; tomato; avocado; eggplant; carrot; bread = loaf of bread
+croissant; cheese wedge = piece of cheese; hamburger; french fries *; pizza; hot dog; doughnut = donut
+cookie; birthday cake; soft ice cream = ice cream cone; lollipop; hot beverage = cup of coffee; house
+castle; tent; ferris wheel; volcano; snow-capped mountain = snowy mountain; bus; fire engine = fire truck
 automobile = car; tractor; bicycle; motor scooter = scooter; sailboat; airplane; helicopter; rocket
-locomotive = steam train; anchor
-sun *; crescent moon; star; cloud; rainbow; snowflake; snowman; fire *; umbrella; high voltage = lightning bolt
-guitar; trumpet; drum; balloon; wrapped gift = gift; trophy; soccer ball; basketball; crown; red heart = heart
-gem stone = diamond; key; light bulb; camera; alarm clock; bell; scissors = pair of scissors; top hat; ghost; robot
-jack-o-lantern = pumpkin
+locomotive = steam train; anchor; sun *; crescent moon; star; cloud; rainbow; snowflake; snowman; fire *
+umbrella; high voltage = lightning bolt; guitar; trumpet; drum; balloon; wrapped gift = gift; trophy
+soccer ball; basketball; crown; red heart = heart; gem stone = diamond; key; light bulb; camera
+alarm clock; bell; scissors = pair of scissors; top hat; ghost; robot; jack-o-lantern = pumpkin
 """
 
 SYMBOLS, FLAGS, COMPONENTS = 8, 9, 2  # CLDR groups without things to draw
 TEXT_LIKE = re.compile(
-    r"o’clock|-thirty|: facing right|^family|skin tone|^flag|regional indicator|suit$|button|^keycap"
-    r"|kiss: |couple with heart: |with lowered flag|index pointing|^(hundred points|ZZZ|joker)$|^(e-mail|label)$"
+    r"o’clock|-thirty$|: facing right|^family|^kiss: |^couple with heart: |^(spade|heart|diamond|club) suit$"
+    r"|^(hundred points|ZZZ|joker|e-mail|mahjong red dragon|left speech bubble|right anger bubble)$"
 )
 # A revolver in blob, a toy in the others: one code point, two things.
 OTHER_OBJECT = {"water pistol"}
+MIRRORED = {"magnifying glass tilted right"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,9 @@ def small_domain(labels: Iterable[Label]) -> list[Thing]:
     """The 120 objects of the small domain, in the order of the table."""
     by_name = {label.label: label for label in labels}
     things = []
-    for entry in re.split(r"[;\n]", SMALL.strip()):
-        uncounted = entry.strip().endswith("*")
-        source, _, name = (part.strip() for part in entry.strip(" *").partition("="))
+    for entry in parse_list(SMALL):
+        uncounted = entry.endswith("*")
+        source, _, name = (part.strip() for part in entry.rstrip(" *").partition("="))
         if source not in by_name:
             raise DataError(f"the label data has no object {source!r}", "Use the pinned emojibase-data.")
         name = name or source
@@ -70,24 +71,16 @@ def small_domain(labels: Iterable[Label]) -> list[Thing]:
 
 
 def full_domain(labels: Iterable[Label]) -> list[Thing]:
-    """Every object but symbols, flags, clocks, tones, families and doubles; captions use the CLDR label."""
-    return [
-        Thing(label, label.label, with_article(label.label), plural(label.label))
+    """Every object but symbols, flags, clocks, tones, families and doubles, called by its CLDR label."""
+    things = [
+        Thing(label, *noun_phrase(label.label))
         for label in labels
         if label.group not in (SYMBOLS, FLAGS, COMPONENTS)
         and not TEXT_LIKE.search(label.label)
-        and label.label not in OTHER_OBJECT
+        and label.label not in OTHER_OBJECT | MIRRORED
     ]
-
-
-DOMAINS = {"small": small_domain, "full": full_domain}
-
-
-def things_of(domain: str, labels: Iterable[Label]) -> list[Thing]:
-    """The objects of a domain by its name."""
-    if domain not in DOMAINS:
-        raise InputError(f"there is no domain {domain!r}", nearest(domain, DOMAINS))
-    return DOMAINS[domain](labels)
+    names = {thing.name for thing in things}  # "houses" is an object of its own, so no count of the house
+    return [replace(thing, plural=None) if thing.plural in names else thing for thing in things]
 
 
 def held_out_family(code: str, styles: Sequence[str]) -> str | None:

@@ -7,7 +7,7 @@ import importlib.metadata
 import io
 import json
 import shutil
-import subprocess  # noqa: S404 - runs npm with a fixed list of arguments
+import subprocess
 import tarfile
 import tempfile
 from dataclasses import dataclass
@@ -44,7 +44,9 @@ LABELS = Package(
 )
 ART = {
     "fluent": Package(
-        "@iconify-json/fluent-emoji", "1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"
+        "@iconify-json/fluent-emoji",
+        "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
     ),
     "flat": Package(
         "@iconify-json/fluent-emoji-flat",
@@ -64,7 +66,7 @@ ART = {
 
 
 class Tarball:
-    """An npm tarball in memory whose digest has been checked; its members are read by name, never extracted."""
+    """An npm tarball in memory, its digest checked; members are read by name, nothing is extracted."""
 
     def __init__(self, package: Package, path: Path) -> None:
         self.package = package
@@ -83,7 +85,9 @@ class Tarball:
             for info in archive:
                 if info.name == member and info.isreg():
                     if info.size > MAX_MEMBER_BYTES:
-                        raise DataError(f"{member} in {self.package.spec} has {info.size} bytes", INSTALL_DATA)
+                        raise DataError(
+                            f"{member} in {self.package.spec} has {info.size} bytes", INSTALL_DATA
+                        )
                     file = archive.extractfile(info)
                     assert file is not None
                     return json.loads(file.read())

@@ -91,10 +91,14 @@ class Pictures:
         try:
             with Image.open(io.BytesIO(data), formats=["WEBP", "PNG"]) as opened:
                 if max(opened.size) > MAX_SIDE:
-                    raise DataError(f"picture {key!r} is {opened.size}, at most {MAX_SIDE} a side are read", REBUILD)
+                    raise DataError(
+                        f"picture {key!r} is {opened.size}, at most {MAX_SIDE} a side are read", REBUILD
+                    )
                 return opened.convert("RGBA")
         except (OSError, Image.DecompressionBombError) as error:
-            raise DataError(f"picture {key!r} in {member.shard} cannot be decoded: {error}", REBUILD) from error
+            raise DataError(
+                f"picture {key!r} in {member.shard} cannot be decoded: {error}", REBUILD
+            ) from error
 
 
 def index_shards(root: Path) -> dict[str, Member]:

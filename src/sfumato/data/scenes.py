@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from sfumato.data.drawings import Drawings, background_is_held_out
@@ -11,7 +11,6 @@ from sfumato.data.pictures import Layer, Row, Split
 from sfumato.data.split import is_held_out, pick
 from sfumato.data.words import BACKGROUNDS, NUMBERS, sentence, with_article
 
-SCENE_STYLES = ("noto", "twemoji", "fluent")  # three, so that a small model can learn them
 HELD_OUT_PAIRS = 0.20
 ATTEMPTS = 200
 
@@ -28,7 +27,12 @@ PLACES: dict[str, tuple[float, float, str]] = {
 COUNTS: dict[int, tuple[Box, ...]] = {
     2: ((0.02, 0.26, 0.48, 0.48), (0.50, 0.26, 0.48, 0.48)),
     3: ((0.27, 0.04, 0.46, 0.46), (0.03, 0.50, 0.46, 0.46), (0.51, 0.50, 0.46, 0.46)),
-    4: ((0.04, 0.04, 0.45, 0.45), (0.51, 0.04, 0.45, 0.45), (0.04, 0.51, 0.45, 0.45), (0.51, 0.51, 0.45, 0.45)),
+    4: (
+        (0.04, 0.04, 0.45, 0.45),
+        (0.51, 0.04, 0.45, 0.45),
+        (0.04, 0.51, 0.45, 0.45),
+        (0.51, 0.51, 0.45, 0.45),
+    ),
 }
 # relation -> (its words, the same seen from the other thing, box of the first, box of the second)
 RELATIONS: dict[str, tuple[str, str, Box, Box]] = {
@@ -52,9 +56,10 @@ class Setting:
         """ "on a blue background"; "" for white, which is what a prompt without a background means."""
         return "" if self.colour == "white" else f"on {with_article(self.colour)} background"
 
-    def told(self, *parts: str) -> str:
-        """The parts and the background, set off by commas where there are several parts."""
-        return sentence(", ".join(parts), "," if len(parts) > 1 and self.ground else "", self.ground)
+    def told(self, *parts: str, comma: bool = False) -> str:
+        """The parts and the background, set off by a comma if asked for or where there are several parts."""
+        comma = comma or len(parts) > 1
+        return sentence(", ".join(parts), "," if comma and self.ground else "", self.ground)
 
 
 def pair_is_held_out(first: Thing, second: Thing) -> bool:
@@ -71,28 +76,30 @@ def split_of(setting: Setting) -> Split | None:
     return None if held else "test" if together else "train"
 
 
-def scene_rows(drawings: Drawings, seed: int, train: int, test: int) -> Iterator[Row]:
+def scene_rows(drawings: Drawings, styles: Sequence[str], seed: int, train: int, test: int) -> Iterator[Row]:
     """`train` and `test` rows of each of the three forms; only drawings that training shows are used.
 
-    Fewer rows come where the objects do not give as many different scenes.
+    `styles` are those that scenes may be drawn in. Fewer rows come where the objects do not give as many
+    different scenes.
     """
+    splits: tuple[tuple[Split, int], ...] = (("train", train), ("test", test))
     for form in FORMS:
-        for split, wanted in (("train", train), ("test", test)):
+        for split, wanted in splits:
             seen: set[str] = set()
             for number in range(wanted):
-                row = next_row(drawings, form, split, seed, number, seen)
+                row = next_row(drawings, styles, form, split, seed, number, seen)
                 if row is not None:
                     seen.add(row["id"])
                     yield row
 
 
 def next_row(
-    drawings: Drawings, form: str, split: Split, seed: int, number: int, seen: set[str]
+    drawings: Drawings, styles: Sequence[str], form: str, split: Split, seed: int, number: int, seen: set[str]
 ) -> Row | None:
-    """The first scene of a row's own sequence of attempts that is in `split` and new; None if there is none."""
+    """The first of a row's own sequence of attempts that is in `split` and new; None if there is none."""
     for attempt in range(ATTEMPTS):
         names = ("scene", seed, form, split, number, attempt)
-        setting = draw_setting(drawings, form, *names)
+        setting = draw_setting(drawings, styles, form, *names)
         if setting is None or split_of(setting) != split:
             continue
         row = FORMS[form](setting, drawings, names)
@@ -102,7 +109,7 @@ def next_row(
     return None
 
 
-def draw_setting(drawings: Drawings, form: str, *names: object) -> Setting | None:
+def draw_setting(drawings: Drawings, styles: Sequence[str], form: str, *names: object) -> Setting | None:
     """One or two different things, a style in which training shows all of them, and a colour."""
     first = pick(drawings.things, *names, "first")
     things: tuple[Thing, ...] = (first,)
@@ -113,12 +120,16 @@ def draw_setting(drawings: Drawings, form: str, *names: object) -> Setting | Non
         if second is first:
             return None
         things = (first, second)
-    styles = [
+    shared = [
         style
-        for style in SCENE_STYLES
-        if all(style in drawings.styles(thing) and drawings.split(thing, style) == "train" for thing in things)
+        for style in styles
+        if all(
+            style in drawings.styles(thing) and drawings.split(thing, style) == "train" for thing in things
+        )
     ]
-    return Setting(things, pick(styles, *names, "style"), pick(tuple(BACKGROUNDS), *names, "colour")) if styles else None
+    if not shared:
+        return None
+    return Setting(things, pick(shared, *names, "style"), pick(tuple(BACKGROUNDS), *names, "colour"))
 
 
 def styled(thing: Thing, style: str, size: str = "") -> str:
@@ -138,12 +149,12 @@ def single(setting: Setting, drawings: Drawings, names: Sequence[object]) -> Row
     """One thing, small or big, in one of five places."""
     size, place = pick(tuple(SIZES), *names, "size"), pick(tuple(PLACES), *names, "place")
     across, down, words = PLACES[place]
-    side, (thing,) = SIZES[size], setting.things
+    side, thing = SIZES[size], setting.things[0]
     room = 1 - side - 2 * EDGE
     box = (round(EDGE + across * room, 4), round(EDGE + down * room, 4), side, side)
     texts = [
-        sentence(f"{sized(thing, size)} {words}", "," if setting.ground else "", setting.ground),
-        sentence(f"{styled(thing, setting.style, size)} {words}", "," if setting.ground else "", setting.ground),
+        setting.told(f"{sized(thing, size)} {words}", comma=True),
+        setting.told(f"{styled(thing, setting.style, size)} {words}", comma=True),
     ]
     if place == "center":
         texts.append(sentence(sized(thing, size), setting.ground))
@@ -176,10 +187,10 @@ def pair(setting: Setting, drawings: Drawings, names: Sequence[object]) -> Row:
 
 
 def scene(
-    setting: Setting, drawings: Drawings, texts: list[str], boxes: Sequence[Box], extra: dict[str, object]
+    setting: Setting, drawings: Drawings, texts: list[str], boxes: Sequence[Box], extra: Mapping[str, object]
 ) -> Row:
     """The row of a scene; its id tells all that is in it, so equal scenes have equal ids."""
-    things = setting.things if len(setting.things) > 1 else setting.things * len(boxes)
+    things = setting.things if len(setting.things) == len(boxes) else setting.things * len(boxes)
     keys = [drawings.keys[thing.label.code, setting.style] for thing in things]
     layers: list[Layer] = [{"picture": key, "box": box} for key, box in zip(keys, boxes, strict=True)]
     codes = [thing.label.code.lower() for thing in setting.things]

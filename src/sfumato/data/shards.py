@@ -17,24 +17,23 @@ SHARD_PICTURES = 8192
 
 
 def encode(picture: Image.Image) -> bytes:
-    """An RGBA picture as lossless WebP; colours under full transparency are kept as they are."""
+    """An RGBA picture as lossless WebP; what colour a fully transparent pixel has is not kept."""
     file = io.BytesIO()
     picture.save(file, format="WEBP", lossless=True, quality=60, method=4, exact=False)
     return file.getvalue()
 
 
-def write_shards(root: Path, pictures: Iterable[tuple[str, Image.Image]]) -> int:
-    """Writes `pictures-00000.tar` and so on with members `<key>.webp`; how many pictures there were."""
+def write_shards(root: Path, pictures: Iterable[tuple[str, bytes]]) -> int:
+    """Writes encoded pictures as members `<key>.webp` of `pictures-00000.tar`, ...; how many there were."""
     archive: tarfile.TarFile | None = None
     number = 0
     try:
-        for number, (key, picture) in enumerate(pictures, start=1):
+        for number, (key, data) in enumerate(pictures, start=1):
             if archive is None or (number - 1) % SHARD_PICTURES == 0:
                 if archive is not None:
                     archive.close()
                 name = root / f"pictures-{(number - 1) // SHARD_PICTURES:05d}.tar"
                 archive = tarfile.open(name, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
-            data = encode(picture)
             info = tarfile.TarInfo(f"{key}.webp")  # owner, time and mode keep their fixed defaults
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
@@ -53,5 +52,5 @@ def write_rows(root: Path, rows: Iterable[Row]) -> None:
 
 def digests(root: Path) -> dict[str, str]:
     """File name -> SHA-256 of the shards and the rows."""
-    files = sorted(root.glob("pictures-*.tar")) + [root / "metadata.jsonl"]
+    files = [*sorted(root.glob("pictures-*.tar")), root / "metadata.jsonl"]
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}

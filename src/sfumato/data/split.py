@@ -1,4 +1,4 @@
-"""Splits and choices by hash of names: they do not depend on order, so they survive additions and new versions."""
+"""Splits and choices by hash of names: independent of order, so they survive additions and new versions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def is_held_out(share: float, *names: object) -> bool:
     return unit("held out", *names) < share
 
 
-def held_out_pairs(purpose: str, first: Iterable[str], second: Iterable[str], share: float) -> frozenset[tuple[str, str]]:
+def held_out_pairs(
+    purpose: str, first: Iterable[str], second: Iterable[str], share: float
+) -> frozenset[tuple[str, str]]:
     """Pairs (a, b) that training must not show; every single a and b keeps at least one training pair.
 
     A pair is held out by the hash of its own two names; a value whose partners would all be held out gets the

@@ -19,14 +19,28 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 COLOURS = tuple(name for name in BACKGROUNDS if name != "white")
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
-SOUNDS_LIKE_CONSONANT = ("uni", "use", "eu", "one", "uk")
+SOUNDS_LIKE_CONSONANT = ("uni", "use", "eu", "ewe", "one")
 SOUNDS_LIKE_VOWEL = ("hour", "honest", "x-ray")
-IRREGULAR = {
-    "mouse": "mice", "wolf": "wolves", "leaf": "leaves", "loaf": "loaves", "knife": "knives", "goose": "geese",
-    "tooth": "teeth", "foot": "feet", "ox": "oxen", "child": "children", "man": "men", "woman": "women",
-    "person": "people", "scarf": "scarves", "shelf": "shelves", "fish": "fish", "sheep": "sheep", "deer": "deer",
-    "bison": "bison", "moose": "moose", "shrimp": "shrimp", "squid": "squid", "fly": "flies",
-}  # fmt: skip
+
+
+def parse_list(text: str) -> list[str]:
+    """ "a; b" -> ["a", "b"]; a line's end is a semicolon too."""
+    return [entry.strip() for entry in text.strip().replace("\n", ";").split(";")]
+
+
+def parse_table(text: str) -> dict[str, str]:
+    """ "a = b; c = d" -> {"a": "b", "c": "d"}."""
+    entries = (entry.partition("=") for entry in parse_list(text))
+    return {key.strip(): value.strip() for key, _, value in entries}
+
+
+IRREGULAR = parse_table("""
+mouse = mice; wolf = wolves; leaf = leaves; loaf = loaves; knife = knives; goose = geese; tooth = teeth
+foot = feet; ox = oxen; child = children; man = men; woman = women; person = people; sheaf = sheaves
+die = dice; elf = elves; scarf = scarves; shelf = shelves; fish = fish; sheep = sheep; deer = deer
+bison = bison; moose = moose; shrimp = shrimp; squid = squid; blowfish = blowfish; jellyfish = jellyfish
+potato = potatoes; tomato = tomatoes; volcano = volcanoes; mosquito = mosquitoes; mango = mangoes
+""")
 HEADS = (" of ", " with ", " on ", " in ", " behind ", " showing ")
 
 
@@ -38,7 +52,7 @@ def with_article(phrase: str) -> str:
 
 
 def plural(phrase: str) -> str:
-    """The plural of a noun phrase: its head noun is the word before the first preposition, or the last word."""
+    """The plural of a noun phrase: its head noun stands before the first preposition, or last."""
     place = min((phrase.find(word) for word in HEADS if word in phrase), default=len(phrase))
     before, _, noun = phrase[:place].rpartition(" ")
     return f"{before} {plural_noun(noun)}".strip() + phrase[place:]
@@ -50,7 +64,7 @@ def plural_noun(noun: str) -> str:
         return IRREGULAR[noun.lower()]
     if noun.endswith("man"):
         return noun[:-3] + "men"
-    if noun.endswith(("s", "x", "z", "ch", "sh")) or noun in ("potato", "tomato", "volcano", "mosquito", "mango"):
+    if noun.endswith(("s", "x", "z", "ch", "sh")):
         return noun + "es"
     if noun.endswith("y") and noun[-2:-1] not in tuple("aeiou"):
         return noun[:-1] + "ies"

@@ -133,12 +133,12 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int, with_conv: bool) -> None:
         super().__init__()
-        self.pad = (0, 1, 0, 1) if with_conv else (0, 0, 0, 0)
+        self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if with_conv else nn.Identity()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2) if with_conv else nn.AvgPool2d(2)
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h // 2, w // 2)."""
-        return self.conv(F.pad(x, self.pad))
+        return self.conv(self.pad(x))
 
 
 class Upsample(nn.Module):

@@ -224,7 +224,7 @@ def learn_merges(words: Counter[str], limit: int) -> list[Pair]:
     Equal counts go in the order of the pairs' text, so that the result depends on the counts of the words
     alone.
     """
-    spelled = sorted(words.items())
+    spelled = list(words.items())
     symbols = [[*word[:-1], word[-1] + WORD_END] for word, _ in spelled]
     counts: Counter[Pair] = Counter()
     places: defaultdict[Pair, set[int]] = defaultdict(set)
