@@ -38,7 +38,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "text": ("text",),
     "text.encode": ("text", "nn.clip", "conditioning"),
     "presets": ("nn", "diffusion", "text"),
-    "checkpoints": ("checkpoints", "nn", "presets", "diffusion", "text"),
+    "checkpoints": ("checkpoints", "nn", "presets", "diffusion", "text", "runtime"),
     "runtime": (),
     "images": ("checkpoints.files",),
     "request": ("diffusion",),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from sfumato.errors import InputError, ResourceError
-from sfumato.runtime import resolve_device, resolve_dtype
+from sfumato.runtime import resolve_device, resolve_dtype, shapes_only
 
 
 def test_devices() -> None:
@@ -27,3 +31,19 @@ def test_dtypes() -> None:
     for wrong in ("float12", torch.int8):
         with pytest.raises(InputError, match="there is no dtype"):
             resolve_dtype(wrong, cpu)
+
+
+def test_shapes_only_builds_what_weights_can_be_assigned_to() -> None:
+    with shapes_only():
+        layer = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.Embedding(5, 4), torch.nn.LayerNorm(4))
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    weights = {name: torch.ones(value.shape) for name, value in layer.state_dict().items()}
+    layer.load_state_dict(weights, strict=True, assign=True)
+    assert all(bool((parameter == 1).all()) for parameter in layer.parameters())
+    assert bool(torch.nn.Linear(3, 3).weight.any()), "outside, modules are initialised as ever"
+
+
+def test_loading_a_model_imports_no_compiler(tiny_model_file: Path) -> None:
+    path = str(tiny_model_file)
+    code = f"import sys, sfumato; sfumato.load({path!r}); sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0

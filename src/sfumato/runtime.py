@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from sfumato.errors import InputError, ResourceError, nearest
@@ -69,7 +70,7 @@ class _WithoutInitialisation(TorchFunctionMode):
 def shapes_only() -> Iterator[None]:
     """Modules built inside have shapes but no values (the meta device), for weights to be assigned to.
 
-    Their initialisation is left out, since filling meta tensors makes torch import its compiler, which takes 2 s.
+    Their initialisation is left out: filling meta tensors makes torch import its compiler, which takes 2 s.
     """
     with torch.device("meta"), _WithoutInitialisation():
         yield
@@ -81,3 +82,11 @@ def _available(kind: str) -> bool:
     if kind == "mps":
         return torch.backends.mps.is_available()
     return kind == "cpu"
+
+
+def training_attention(device: torch.device) -> AbstractContextManager[None]:
+    """The attention kernel to train with: on a CPU the backward pass of torch's fused one is the slower.
+
+    Measured on 64 tokens in bfloat16, 2 cores: 85 images/s against 72 for a whole training step.
+    """
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,10 +45,9 @@ def test_what_the_builder_of_illustrations_is_given(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def build(out: Path, **options: Any) -> SimpleNamespace:
+    def build(out: Path, **options: Any) -> None:
         seen.update(options, out=out)
         options["progress"]("drawings", 1, 2)
-        return SimpleNamespace(root=str(out), pictures=3, rows={"drawing/train": 4, "scene/test": 5})
 
     monkeypatch.setattr("sfumato.data.illustrations.build", build)
     words = ["--out", "set", "--size", "32", "--domain", "full", "--styles", "noto", "--styles", "blob",
@@ -60,8 +58,15 @@ def test_what_the_builder_of_illustrations_is_given(
         "out": Path("set"), "size": 32, "domain": "full", "styles": ["noto", "blob"],
         "npm_dir": Path("tarballs"), "seed": 4,
     }  # fmt: skip
-    out, err = capsys.readouterr()
-    assert out == "set\n" and err == "3 pictures, 9 captioned rows\n"
+    assert capsys.readouterr() == ("set\n", "")
+
+
+def test_shapes_are_pictures_with_captions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--out", str(tmp_path / "set"), "--size", "16", "--copies", "1", "--seed", "4"]
+    assert main(["data", "build", "shapes", *words]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'set'}\n"
+    pictures = sorted((tmp_path / "set").glob("*.png"))
+    assert len(pictures) == 120 and all(path.with_suffix(".txt").read_text() for path in pictures)
 
 
 def test_the_progress_line_is_for_terminals_alone(

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,52 +17,68 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError, ResourceError
 
-MAX_HEADER = 100 << 20  # bytes; the format's own limit
+# The format allows headers of 100 MiB, which would fill gigabytes once parsed; Stable Diffusion's have 0.2 MiB.
+MAX_HEADER = 16 << 20  # bytes
+MAX_TENSORS = 50_000
+MAX_RANK = 8
 
 
 def _check(path: Path) -> None:
-    """Refuse what is no whole safetensors file before it is mapped: a file cut short kills a process that maps it."""
+    """Refuse what is no whole safetensors file before it is mapped: a file cut short kills who reads its map."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("it is a folder or a device")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if size < 10 or length > min(MAX_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{path} is not a safetensors file, or is cut short", "Download or copy it again."
-                )
-            header = json.loads(file.read(length))
+            if length > MAX_HEADER:
+                raise ValueError(f"its header would be {length} bytes long, at most {MAX_HEADER} are read")
+            size = 8 + length + _data_size(json.loads(file.read(length)))
+        if size != status.st_size:
+            raise ValueError(f"it has {status.st_size} bytes, its header describes {size}: it may be cut short")
     except OSError as error:
+        cause = error.strerror or error
+        raise CheckpointError(f"cannot open {path}: {cause}", "Check the path and its permissions.") from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"cannot open {path}: {error.strerror}", "Check the path and its permissions."
+            f"{path} is not a whole safetensors file: {error}", "Download or copy it again."
         ) from error
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path} is not a safetensors file: its header is damaged", "Get it again."
-        ) from error
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{path} is not a safetensors file: its header is no table", "Get it again.")
-    ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-    if size != 8 + length + max(ends, default=0):
-        raise CheckpointError(
-            f"{path} is {size} bytes long, its header describes another length", "Get it again."
-        )
+
+
+def _data_size(header: Any) -> int:
+    """Bytes of all tensors together; ValueError for a header of another form."""
+    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
+        raise ValueError(f"its header is no table of at most {MAX_TENSORS} tensors")
+    end = 0
+    for name, entry in header.items():
+        match entry:
+            case {"shape": [*sides], "data_offsets": [int(), int(last)]} if len(sides) <= MAX_RANK:
+                end = max(end, last)
+            case _ if name != "__metadata__":
+                raise ValueError(f"its header does not say where {name[:80]!r} lies")
+    return end
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(name -> memory-mapped tensor, metadata) of a safetensors file; `CheckpointError` where it is damaged."""
-    _check(path)
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is damaged: {error}", "Download or copy it again.") from error
+    with _opened(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone; no tensor is read."""
-    _check(path)
-    with safe_open(path, framework="pt") as file:
+    """The metadata alone, no tensor is read; `CheckpointError` where the file is damaged."""
+    with _opened(path) as file:
         return file.metadata() or {}
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    _check(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, RuntimeError) as error:  # torch's own are RuntimeErrors
+        raise CheckpointError(f"{path} is damaged: {error}", "Download or copy it again.") from error
 
 
 def sha256(path: Path) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ from cyclopts import Parameter
 
 from sfumato.cli.progress import progress_line
 
-Out = Annotated[Path, Parameter(help="Folder to make; it must not exist, or be empty.")]
+Out = Annotated[Path, Parameter(help="Folder to write to.")]
 Size = Annotated[int, Parameter(help="Side of the pictures in pixels.")]
 Seed = Annotated[int, Parameter(help="Seed of everything that is drawn by chance.")]
 
@@ -32,24 +31,21 @@ def illustrations(
     """Drawings in several styles, avatars and composed scenes."""
     from sfumato.data.illustrations import build
 
-    built = build(
-        out, size=size, domain=domain, styles=styles, npm_dir=npm_dir, seed=seed, progress=_stages()
-    )
-    print(built.root)
-    print(f"{built.pictures} pictures, {sum(built.rows.values())} captioned rows", file=sys.stderr)
+    build(out, size=size, domain=domain, styles=styles, npm_dir=npm_dir, seed=seed, progress=_stages())
+    print(out)
 
 
 def shapes(
     *,
     out: Out,
     size: Size = 64,
-    count: Annotated[int, Parameter(help="Number of pictures.")] = 2000,
+    copies: Annotated[int, Parameter(help="How often each of the 120 captions is drawn.")] = 10,
     seed: Seed = 0,
 ) -> None:
     """Coloured shapes, made without any download."""
-    from sfumato.data.shapes import build
+    from sfumato.data.shapes import write_shapes
 
-    build(out, size=size, count=count, seed=seed)
+    write_shapes(out, size=size, copies=copies, seed=seed)
     print(out)
 
 

@@ -121,5 +121,5 @@ def rasterise(svg: str, size: int) -> Image.Image:
     except ModuleNotFoundError as error:
         raise ResourceError("resvg_py is needed to draw the pictures", INSTALL_DATA) from error
     png = resvg_py.svg_to_bytes(svg_string=svg, width=2 * size, height=2 * size, skip_system_fonts=True)
-    with Image.open(io.BytesIO(bytes(png))) as opened:
+    with Image.open(io.BytesIO(bytes(png)), formats=["PNG"]) as opened:
         return ImageOps.contain(opened.convert("RGBA"), (size, size), Image.Resampling.LANCZOS)

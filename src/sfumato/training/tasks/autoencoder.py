@@ -18,6 +18,7 @@ from sfumato.training.data import Dataset, Position, batches, positions, to_tens
 from sfumato.training.sheets import save_sheet
 
 EVALUATED = 256  # held-out pictures that a score is the mean of
+START_LOGVAR = -6.0  # of the posterior before training
 MEASURED = 1024  # training pictures that the latent scale is measured on
 
 Batch = tuple[list[Position], Tensor]
@@ -33,6 +34,8 @@ class AutoencoderTask:
         self.config, self.dataset, self.held_out, self.device = config, dataset, held_out, device
         self.network_config: AutoencoderConfig = config.first_stage
         self.network = AutoencoderKL(self.network_config)
+        with torch.no_grad():  # else unit noise drowns the latents of the first thousands of pictures
+            self.network.quant_conv.bias[self.network_config.embed_dim :] = START_LOGVAR
         self.latent_scale: float | None = None
         if config.autoencoder.start_from is not None:
             start = load_file(config.autoencoder.start_from, torch.float32)

@@ -24,6 +24,7 @@ from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.clip import CLIPTextEncoder
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.presets import ModelConfig
+from sfumato.runtime import training_attention
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.config import TrainingConfig
 from sfumato.training.data import Dataset, Position, positions
@@ -203,12 +204,13 @@ class DiffusionTask:
         clean, noise, t = clean.to(self.device), noise.to(self.device), t.to(self.device)
         alpha, sigma = self.schedule.alpha_sigma(t, clean)
         context = None
-        if self.tokenizer is not None:
-            tokens = torch.stack(
-                [self.tokens[c] if c in self.tokens else self._tokens([c])[0] for c in captions]
-            )
-            context = self.modules["text"](tokens.to(self.device)).last_hidden_state
-        raw = self.forward(alpha * clean + sigma * noise, t.float(), context=context)
+        with training_attention(self.device):
+            if self.tokenizer is not None:
+                tokens = torch.stack(
+                    [self.tokens[c] if c in self.tokens else self._tokens([c])[0] for c in captions]
+                )
+                context = self.modules["text"](tokens.to(self.device)).last_hidden_state
+            raw = self.forward(alpha * clean + sigma * noise, t.float(), context=context)
         target = self.prediction.target(clean, noise, alpha, sigma)
         return F.mse_loss(raw.float(), target, reduction="none").flatten(1).mean(dim=1)
 

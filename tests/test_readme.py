@@ -1,0 +1,85 @@
+"""Every command and example of the README runs as it stands; only the length of training is cut."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from sfumato import cli
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+INSTALL = re.compile(r"python3 -m venv \.venv && .*")
+SHORT = {  # what training runs are cut to
+    "autoencoder": ["--loop.images=16", "--first_stage.ch=8"],
+    "diffusion": ["--loop.images=64", "--unet.model_channels=16", "--unet.num_head_channels=16", "--diffusion.steps=2"],
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    return [line for block in blocks("bash") for line in block.splitlines() if line]
+
+
+def test_install_commands_are_those_that_ci_runs():
+    installs = [line for line in commands() if INSTALL.fullmatch(line)]
+    assert len(installs) == 2
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "README.md" in ci, "CI takes the commands out of the README"
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the commands read, as in a clone."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_commands(clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    built: list[Path] = []
+
+    def build(out: Path, **options: object) -> SimpleNamespace:
+        built.append(out)
+        return SimpleNamespace(root=str(out), pictures=0, rows={})
+
+    monkeypatch.setattr("sfumato.data.illustrations.build", build)
+    mentioned = re.search(r"`(sfumato data build shapes [^`]*)`", README)
+    assert mentioned is not None
+    assert cli.main(shlex.split(mentioned[1])[1:]) == 0
+    for command in commands():
+        words = shlex.split(command)
+        if INSTALL.fullmatch(command) or words[0] == "python":
+            continue
+        assert words[0] == "sfumato", command
+        arguments = words[1:]
+        if arguments[0] == "train":
+            if "illustrations" in arguments[1]:
+                arguments.append("--data.path=pictures")
+            arguments += SHORT[Path(arguments[1]).stem.split("-")[1]]
+        assert cli.main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
+    assert built == [Path("data/illustrations")]
+    assert (clone / "planet.png").exists()
+    assert list(clone.glob("a-noto-drawing*.png"))
+    assert (clone / "runs/folder/diffusion/model.safetensors").exists()
+
+
+def test_python_examples(clone: Path):
+    scope: dict[str, object] = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), scope)  # the README is ours
+    assert (clone / "apple.png").exists()
+
+
+def test_linked_files_exist():
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
