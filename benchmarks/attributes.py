@@ -36,7 +36,11 @@ def facts(row: Row) -> Facts:
     told = row["attributes"]
     if row["kind"] == "avatar":
         style = str(told["style"])
-        named = {f"{style} {name}": str(value) for name, value in told.items() if name not in ("style", "object", "code")}
+        named = {
+            f"{style} {name}": str(value)
+            for name, value in told.items()
+            if name not in ("style", "object", "code")
+        }
         return {"object": str(told["object"]), **named}
     known = {"object": str(told["object"]), "background": str(told["background"])}
     if row["kind"] == "drawing":

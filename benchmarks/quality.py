@@ -49,7 +49,9 @@ def drawn(model: sfumato.StableDiffusion, rows: Sequence[Row]) -> Tensor:
 @torch.no_grad()
 def round_trip(model: sfumato.StableDiffusion, pictures: Tensor) -> Tensor:
     """Through the autoencoder and back."""
-    return torch.cat([model.decode_latents(model.encode_image(part)).clamp(-1, 1) for part in pictures.split(BATCH)])
+    return torch.cat(
+        [model.decode_latents(model.encode_image(part)).clamp(-1, 1) for part in pictures.split(BATCH)]
+    )
 
 
 def small(pictures: Tensor) -> Tensor:
@@ -63,7 +65,9 @@ def psnr(pictures: Tensor, other: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
-def nearest_drawing(pictures: Tensor, rows: Sequence[Row], known: dict[str, tuple[Tensor, list[str]]]) -> float:
+def nearest_drawing(
+    pictures: Tensor, rows: Sequence[Row], known: dict[str, tuple[Tensor, list[str]]]
+) -> float:
     """(a) share of pictures whose nearest training drawing of the asked style is of the asked object."""
     right = 0
     for candidate, row in zip(small(pictures), rows, strict=True):
@@ -73,7 +77,9 @@ def nearest_drawing(pictures: Tensor, rows: Sequence[Row], known: dict[str, tupl
     return right / len(rows)
 
 
-def accuracy(judge: Judge, pictures: Tensor, wanted: Sequence[Facts], heads: Sequence[str] | None = None) -> float:
+def accuracy(
+    judge: Judge, pictures: Tensor, wanted: Sequence[Facts], heads: Sequence[str] | None = None
+) -> float:
     """Share of wanted attributes that the judge sees; `heads` restricts which."""
     told = [{head: value for head, value in row.items() if heads is None or head in heads} for row in wanted]
     answers = [right for found in judge.right(pictures, told).values() for right in found]
@@ -81,7 +87,10 @@ def accuracy(judge: Judge, pictures: Tensor, wanted: Sequence[Facts], heads: Seq
 
 
 def by_head(judge: Judge, pictures: Tensor, wanted: Sequence[Facts]) -> dict[str, float]:
-    return {head: round(sum(right) / len(right), 3) for head, right in sorted(judge.right(pictures, wanted).items())}
+    return {
+        head: round(sum(right) / len(right), 3)
+        for head, right in sorted(judge.right(pictures, wanted).items())
+    }
 
 
 def chance(judge: Judge, wanted: Sequence[Facts], heads: Sequence[str] | None = None) -> float:
@@ -114,7 +123,9 @@ def memorisation(pictures: Tensor, real: Tensor, training: Tensor) -> dict[str, 
     }
 
 
-def score(model: sfumato.StableDiffusion, data: Path, judge: Judge, count: int, sheets: Path | None) -> dict[str, Any]:
+def score(
+    model: sfumato.StableDiffusion, data: Path, judge: Judge, count: int, sheets: Path | None
+) -> dict[str, Any]:
     pictures = Pictures(data)
     train, test = pictures.rows("train"), pictures.rows("test")
 
@@ -180,7 +191,10 @@ def score(model: sfumato.StableDiffusion, data: Path, judge: Judge, count: int, 
     stored = torch.cat([
         ((small(real(train[start : start + 512])) + 1) * 127.5).round().byte() for start in range(0, len(train), 512)
     ])  # fmt: skip
-    report("d_memorisation", memorisation(torch.cat(everything), torch.cat(everything_real), stored) | {"bar": 0.05})
+    report(
+        "d_memorisation",
+        memorisation(torch.cat(everything), torch.cat(everything_real), stored) | {"bar": 0.05},
+    )
     return results
 
 

@@ -276,6 +276,8 @@ def test_warnings_are_collected_and_by_stream_raised(tiny_model: StableDiffusion
     assert len(told) == 1 and "zebra" in told[0]
     with pytest.warns(UserWarning, match="zebra"):
         stream(tiny_model, long)
+    rude = long.model_copy(update={"prompt": "a fox", "negative_prompt": long.prompt})
+    assert generate(tiny_model, rude).warnings[0].startswith("the negative prompt is longer")
     useless = generate(tiny_model, Request(prompt="a fox", negative_prompt="a dog", guidance=1, seed=0))
     assert useless.warnings == ["the negative prompt has no effect at guidance 1"]
     with warnings.catch_warnings():

@@ -17,7 +17,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = re.compile(r"python3 -m venv \.venv && .*")
 SHORT = {  # what training runs are cut to
     "autoencoder": ["--loop.images=16", "--first_stage.ch=8"],
-    "diffusion": ["--loop.images=64", "--unet.model_channels=16", "--unet.num_head_channels=16", "--diffusion.steps=2"],
+    "diffusion": [
+        "--loop.images=64",
+        "--unet.model_channels=16",
+        "--unet.num_head_channels=16",
+        "--diffusion.steps=2",
+    ],
 }
 
 
@@ -44,33 +49,55 @@ def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.slow
-def test_commands(clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where illustration sets would have been built, which takes minutes and the network."""
     built: list[Path] = []
 
-    def build(out: Path, **options: object) -> SimpleNamespace:
+    def instead(out: Path, **options: object) -> SimpleNamespace:
         built.append(out)
         return SimpleNamespace(root=str(out), pictures=0, rows={})
 
-    monkeypatch.setattr("sfumato.data.illustrations.build", build)
-    mentioned = re.search(r"`(sfumato data build shapes [^`]*)`", README)
-    assert mentioned is not None
-    assert cli.main(shlex.split(mentioned[1])[1:]) == 0
+    monkeypatch.setattr("sfumato.data.illustrations.build", instead)
+    return built
+
+
+def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    program, *arguments = shlex.split(command)
+    assert program == "sfumato", command
+    if arguments[0] == "train":
+        recipe = Path(arguments[1]).stem
+        if recipe.startswith("illustrations"):
+            arguments += ["--data.path=pictures", "--data.repeats={}"]
+        arguments += SHORT[recipe.split("-")[1]]
+    assert cli.main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+def test_drawing_commands(clone: Path, capsys: pytest.CaptureFixture[str]):
     for command in commands():
-        words = shlex.split(command)
-        if INSTALL.fullmatch(command) or words[0] == "python":
-            continue
-        assert words[0] == "sfumato", command
-        arguments = words[1:]
-        if arguments[0] == "train":
-            if "illustrations" in arguments[1]:
-                arguments.append("--data.path=pictures")
-            arguments += SHORT[Path(arguments[1]).stem.split("-")[1]]
-        assert cli.main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
-    assert built == [Path("data/illustrations")]
+        if command.startswith("sfumato generate") and "--model" not in command:
+            run(command, capsys)
     assert (clone / "planet.png").exists()
     assert list(clone.glob("a-noto-drawing*.png"))
+
+
+@pytest.mark.slow
+def test_training_commands(clone: Path, build: list[Path], capsys: pytest.CaptureFixture[str]):
+    mentioned = re.search(r"`(sfumato data build shapes [^`]*)`", README)
+    assert mentioned is not None
+    run(mentioned[1], capsys)
+    for command in commands():
+        if re.match("sfumato (train|data)|sfumato generate .* --model", command):
+            run(command, capsys)
+    assert build == [Path("data/illustrations")]
     assert (clone / "runs/folder/diffusion/model.safetensors").exists()
+    assert (clone / "runs/illustrations/diffusion/model.safetensors").exists()
+
+
+def test_no_command_is_forgotten():
+    known = re.compile(r"sfumato (generate|train|data) |python benchmarks/quality\.py --help")
+    assert [line for line in commands() if not INSTALL.fullmatch(line) and not known.match(line)] == []
 
 
 def test_python_examples(clone: Path):

@@ -205,7 +205,7 @@ def _conditions(model: Model, request: Request, notes: Notes) -> tuple[Condition
     labels = model.unet.config.num_classes
     num_classes = labels if isinstance(labels, int) else None
     positive = _encoded(model, request.prompt, notes)
-    negative = _encoded(model, request.negative_prompt or None, notes)
+    negative = _encoded(model, request.negative_prompt or None, notes, "negative prompt")
     if request.negative_prompt and request.guidance == 1:
         notes.warnings.append("the negative prompt has no effect at guidance 1")
     if request.label is None and num_classes is not None:
@@ -228,7 +228,7 @@ def _conditions(model: Model, request: Request, notes: Notes) -> tuple[Condition
     return positive.repeat(request.num_images), negative.repeat(request.num_images)
 
 
-def _encoded(model: Model, prompt: str | None, notes: Notes) -> Conditioning:
+def _encoded(model: Model, prompt: str | None, notes: Notes, role: str = "prompt") -> Conditioning:
     """One row: a prompt, or nothing asked for. A model without text takes the empty prompt as nothing."""
 
     def encode(model: Model) -> Conditioning:
@@ -236,7 +236,7 @@ def _encoded(model: Model, prompt: str | None, notes: Notes) -> Conditioning:
 
     for cut in model.prompt_cuts([prompt] if prompt else []):
         if cut:
-            notes.warnings.append(f"the prompt is longer than the model reads; this was cut: {cut!r}")
+            notes.warnings.append(f"the {role} is longer than the model reads; this was cut: {cut!r}")
     cond = encode(model)
     if not _finite_condition(cond):
         notes.float32_retries.append("text encoder")

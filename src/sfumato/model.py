@@ -1,4 +1,4 @@
-"""A latent diffusion model as one object: its parts, and the ways between prompts, pictures, latents and networks."""
+"""A latent diffusion model as one object: its parts, and the ways between prompts, pictures and latents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.load import load_file
 from sfumato.conditioning import Conditioning
-from sfumato.diffusion.prediction import Predictor
+from sfumato.diffusion.prediction import Predictor, paired
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.autoencoder import AutoencoderKL
@@ -26,10 +26,11 @@ EMBEDDED = Path(__file__).parent / "assets" / "illustrations.safetensors"
 
 
 class StableDiffusion:
-    """U-Net, autoencoder (None: pixel space), text encoder (None: no prompts), schedule and prediction of one model.
+    """U-Net, autoencoder (None: pixel space), text encoder (None: no prompts), schedule and prediction.
 
-    `latent_scale` multiplies latents on their way into the U-Net; `defaults` are the request fields the model draws
-    best with; `digest` is the sha256 of the file it came from, None for a model built in memory.
+    `latent_scale` multiplies latents on their way into the U-Net; `defaults` are the request fields the model
+    draws best with; `digest` is the sha256 of the file it came from, None for a model built in memory.
+    Raises `InputError` for parts that do not fit together.
     """
 
     def __init__(
@@ -46,11 +47,12 @@ class StableDiffusion:
         self.text_encoder = cast(CLIPTextEncoder | None, modules.get("text"))
         self.tokenizer = None if config.tokenizer is None else Tokenizer.from_json(config.tokenizer)
         self.schedule = Schedule(config.schedule)
-        self.prediction = config.prediction
+        self.prediction = paired(config.prediction, self.schedule).name
         self.latent_scale = config.latent_scale
         self.defaults: Mapping[str, Any] = config.defaults
         self.name = config.name
         self.digest = digest
+        self._check_parts()
 
     @property
     def device(self) -> torch.device:
@@ -62,7 +64,7 @@ class StableDiffusion:
 
     @property
     def image_size(self) -> tuple[int, ...]:
-        """Size in pixels the model was trained at: (height, width), or (length,) or (depth, height, width)."""
+        """Pixels it was trained at: (height, width), or (length,) or (depth, height, width)."""
         return self.config.image_size
 
     @property
@@ -71,7 +73,7 @@ class StableDiffusion:
         return 1 if self.autoencoder is None else self.autoencoder.downsampling
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """(channels, ...) of the U-Net's sample for a picture; `InputError` names the nearest size it can take.
+        """(channels, ...) of the U-Net's sample for a picture; `InputError` names the nearest that works.
 
         1-D models read `width` as their length, 3-D models take their depth from `image_size`.
         """
@@ -90,7 +92,7 @@ class StableDiffusion:
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Conditioning:
-        """Token-wise text features: `.context` is (b, tokens, width). Text beyond the context length is cut."""
+        """Token-wise text features: `.context` is (b, tokens, width). Text beyond the context is cut."""
         if self.text_encoder is None or self.tokenizer is None:
             raise InputError(f"{self.name!r} has no text encoder", "Leave the prompt out.")
         tokens, _ = self.tokenizer.batch(prompts, self.text_encoder.config.max_position_embeddings)
@@ -103,19 +105,20 @@ class StableDiffusion:
         return self.tokenizer.batch(prompts, self.text_encoder.config.max_position_embeddings)[1]
 
     def uncondition(self, count: int) -> Conditioning:
-        """The condition of "nothing asked for": the empty prompt, or none where the model has no text encoder."""
+        """The condition of "nothing asked for": the empty prompt, or none without a text encoder."""
         return Conditioning() if self.text_encoder is None else self.encode_prompt([""] * count)
 
     @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (b, c, h, w) in -1..1 -> scaled latents (b, z, h/f, w/f); themselves in pixel space."""
+        images = images.to(self.device, self.dtype)
         if self.autoencoder is None:
             return images
-        return self.autoencoder.encode(images.to(self.device, self.dtype)).mode() * self.latent_scale
+        return self.autoencoder.encode(images).mode() * self.latent_scale
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents (b, z, h, w) -> pictures (b, c, h*f, w*f), about -1..1; themselves in pixel space."""
+        """Scaled latents (b, z, h, w) -> pictures (b, c, h*f, w*f), about -1..1; the same in pixel space."""
         if self.autoencoder is None:
             return latents
         return self.autoencoder.decode((latents / self.latent_scale).to(self.device, self.dtype)).float()
@@ -145,6 +148,25 @@ class StableDiffusion:
             setattr(other, name, None if module is None else copy.deepcopy(module).float())
         return other
 
+    def _check_parts(self) -> None:
+        unet, text = self.unet.config, self.text_encoder and self.text_encoder.config
+        if self.autoencoder and self.autoencoder.config.embed_dim != unet.out_channels:
+            raise InputError(
+                f"the U-Net has {unet.out_channels} channels, latents {self.autoencoder.config.embed_dim}",
+                "Set unet.out_channels to the autoencoder's embed_dim.",
+            )
+        if text and unet.context_dim != text.hidden_size:
+            raise InputError(
+                f"unet.context_dim is {unet.context_dim}, text.hidden_size {text.hidden_size}",
+                "Make them equal.",
+            )
+        if text and (self.tokenizer is None or self.tokenizer.vocab_size > text.vocab_size):
+            size = "no" if self.tokenizer is None else self.tokenizer.vocab_size
+            raise InputError(
+                f"the tokenizer has {size} tokens, the text encoder {text.vocab_size}",
+                "Give the tokenizer that the text encoder was trained with.",
+            )
+
     def _modules(self) -> Sequence[nn.Module]:
         return [module for module in (self.unet, self.autoencoder, self.text_encoder) if module is not None]
 
@@ -155,8 +177,9 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> StableDiffusion:
-    """Load a model file; None is the embedded model. It computes in float32 on a CPU unless `dtype` says otherwise.
+    """Load a model file, or `model.safetensors` in a folder; None is the embedded model.
 
+    It computes in float32 on a CPU and float16 on cuda unless `dtype` says otherwise.
     Raises `CheckpointError` where the file is missing, damaged or of another architecture.
     """
     path = EMBEDDED if source is None else Path(source)
@@ -165,4 +188,8 @@ def load(
     target = resolve_device(device)
     wanted = resolve_dtype(dtype, target)
     file = load_file(path, wanted)
-    return StableDiffusion(file.config, file.modules, file.digest).to(target, wanted)
+    try:
+        model = StableDiffusion(file.config, file.modules, file.digest)
+    except InputError as error:
+        raise CheckpointError(f"{path} describes no model: {error.message}", error.hint) from error
+    return model.to(target, wanted)

@@ -9,7 +9,7 @@ import pytest
 
 from sfumato.cli import main
 from sfumato.cli.progress import progress_line
-from sfumato.cli.train import line
+from sfumato.cli.train import line, reporter
 
 
 def test_a_recipe_and_its_overrides_reach_the_run(
@@ -28,6 +28,21 @@ def test_a_recipe_and_its_overrides_reach_the_run(
     out, err = capsys.readouterr()
     assert out == "runs/model.safetensors\n"
     assert err == "1,000 images  loss 0.1235  51.0 images/s  1:02:05 left\n"
+
+
+def test_a_terminal_shows_one_line_and_gets_its_cursor_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with pytest.raises(KeyboardInterrupt), reporter() as report:
+        report({"seen": 1000, "images_per_second": 51.0})
+        report({"seen": 1000, "held_out_loss": 0.25})
+        report({"warning": "state [red]3[/red] is damaged"})
+        raise KeyboardInterrupt
+    err = capsys.readouterr().err
+    assert "1,000 images  held_out_loss 0.25\n" in err and "state [red]3[/red] is damaged\n" in err
+    assert err.rindex("\x1b[?25h") > err.rindex("\x1b[?25l"), "the cursor is shown again"
 
 
 def test_a_recipe_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""Tiny stand-ins for the npm tarballs: every style draws every object of the small domain as a coloured disc."""
+"""Stand-ins for the npm tarballs: every style draws every object of the small domain as a coloured disc."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,8 @@ def tarballs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
     return folder, digests
 
 
-@pytest.fixture
-def npm_dir(tarballs: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def npm_dir(tarballs: tuple[Path, dict[str, str]]) -> Iterator[Path]:
     """The folder of synthetic tarballs, with the pins changed to their digests."""
     folder, digests = tarballs
     labels = dataclasses.replace(packages.LABELS, sha256=digests[packages.LABELS.name])
@@ -71,14 +71,15 @@ def npm_dir(tarballs: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPat
         style: dataclasses.replace(package, sha256=digests[package.name])
         for style, package in packages.ART.items()
     }
-    for module in (emoji, illustrations):
-        monkeypatch.setattr(module, "LABELS", labels)
-        monkeypatch.setattr(module, "ART", art)
-    return folder
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (emoji, illustrations):
+            patch.setattr(module, "LABELS", labels)
+            patch.setattr(module, "ART", art)
+        yield folder
 
 
-@pytest.fixture
-def tiny_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def tiny_domain() -> Iterator[None]:
     """The small domain with a handful of avatars and scenes."""
     domain = illustrations.DOMAINS["small"]
     tiny = dataclasses.replace(
@@ -89,4 +90,6 @@ def tiny_domain(monkeypatch: pytest.MonkeyPatch) -> None:
         scenes_train=150,
         scenes_test=20,
     )
-    monkeypatch.setitem(illustrations.DOMAINS, "small", tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(illustrations.DOMAINS, "small", tiny)
+        yield

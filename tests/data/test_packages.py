@@ -1,4 +1,4 @@
-"""Tarballs: refused by digest, fetched by npm with a fixed command, read by member name and never extracted."""
+"""Tarballs: refused by digest, fetched by npm with a fixed command, read by member name, not extracted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Safetensors files: opened after their sizes are checked, written so that a crash leaves the old file whole."""
+"""Safetensors files: opened once their sizes are checked, written so that a crash spares the old one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from torch import Tensor
 
 from sfumato.errors import CheckpointError, ResourceError
 
-# The format allows headers of 100 MiB, which would fill gigabytes once parsed; Stable Diffusion's have 0.2 MiB.
-MAX_HEADER = 16 << 20  # bytes
+MAX_HEADER = 16 << 20  # bytes; the format's 100 MiB fill gigabytes once parsed, Stable Diffusion has 0.2 MiB
 MAX_TENSORS = 50_000
 MAX_RANK = 8
 
 
 def _check(path: Path) -> None:
-    """Refuse what is no whole safetensors file before it is mapped: a file cut short kills who reads its map."""
+    """Refuse what is no whole safetensors file before it is mapped: reading past its end would kill us."""
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
@@ -35,10 +34,14 @@ def _check(path: Path) -> None:
                 raise ValueError(f"its header would be {length} bytes long, at most {MAX_HEADER} are read")
             size = 8 + length + _data_size(json.loads(file.read(length)))
         if size != status.st_size:
-            raise ValueError(f"it has {status.st_size} bytes, its header describes {size}: it may be cut short")
+            raise ValueError(
+                f"it has {status.st_size} bytes and its header describes {size}"
+            )
     except OSError as error:
         cause = error.strerror or error
-        raise CheckpointError(f"cannot open {path}: {cause}", "Check the path and its permissions.") from error
+        raise CheckpointError(
+            f"cannot open {path}: {cause}", "Check the path and its permissions."
+        ) from error
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file: {error}", "Download or copy it again."
@@ -60,23 +63,11 @@ def _data_size(header: Any) -> int:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(name -> memory-mapped tensor, metadata) of a safetensors file; `CheckpointError` where it is damaged."""
-    with _opened(path) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The metadata alone, no tensor is read; `CheckpointError` where the file is damaged."""
-    with _opened(path) as file:
-        return file.metadata() or {}
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
+    """(name -> memory-mapped tensor, metadata) of a safetensors file; `CheckpointError` if it is damaged."""
     _check(path)
     try:
         with safe_open(path, framework="pt") as file:
-            yield file
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError, RuntimeError) as error:  # torch's own are RuntimeErrors
         raise CheckpointError(f"{path} is damaged: {error}", "Download or copy it again.") from error
 
@@ -100,7 +91,10 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, sync it, rename it; on any failure the old file stays."""
+    """Let `write` fill a temporary file beside `path`, sync it, rename it; until then the old file stays.
+
+    Raises `ResourceError` for a full disk or a place that cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with disk_errors(path):
         try:
@@ -123,6 +117,9 @@ def sync(path: Path) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file atomically; tensors are copied to contiguous CPU memory first."""
+    """Write a safetensors file atomically; tensors are copied to contiguous CPU memory first.
+
+    With one key of metadata at most, equal contents give equal bytes; the library shuffles several.
+    """
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda temporary: save_file(ready, temporary, {"format": "pt", **metadata}))
+    write_atomically(path, lambda temporary: save_file(ready, temporary, dict(metadata) or {"format": "pt"}))

@@ -17,10 +17,12 @@ from sfumato.presets import ModelConfig
 def save_file(
     path: Path, config: ModelConfig, parts: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
 ) -> None:
-    """Write the state dicts of `parts` ("unet", "autoencoder", "text") with their configuration.
+    """Write the state dicts of `parts` ("unet", "autoencoder", "text": those `config` has) and the config.
 
     Raises `NumericalError` before anything is written if a weight is not finite in `dtype`.
     """
+    described = {part for part in PREFIXES if getattr(config, part) is not None}
+    assert described == parts.keys(), f"the config has {described}, the weights are of {set(parts)}"
     tensors = {
         PREFIXES[part] + name: tensor.to(dtype)
         for part, state in parts.items()
@@ -29,6 +31,7 @@ def save_file(
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise NumericalError(
-                f"{name} is not finite as {dtype}; nothing was written", "Lower the learning rate."
+                f"{name} is not finite as {dtype}; nothing was written",
+                "Training diverged, or the weight is too large for this number format.",
             )
     write_tensors(path, tensors, {METADATA_KEY: config.to_json()})

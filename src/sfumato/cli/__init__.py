@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -28,13 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = [word for word in given[:end] if word != "--debug"] + given[end:]
     try:
         _run(words)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         if debug:
             raise
         _say("\ninterrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read our output is gone; Python's own complaint at exit would go nowhere
+        # Whoever read our output has gone; the rest of it must go somewhere, or Python complains at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
         if debug:
@@ -99,6 +102,9 @@ def _for_people(error: Exception) -> SfumatoError:
         return error
     if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
         return ResourceError("out of memory", "Ask for fewer or smaller pictures, or a smaller batch.")
+    if isinstance(error, OSError) and error.strerror:
+        place = f"{error.filename}: " if error.filename else ""
+        return ResourceError(f"{place}{error.strerror}", "Check the path, its permissions and free space.")
     return SfumatoError(
         f"unexpected {type(error).__name__}: {error}", "Run again with --debug, and report what it shows."
     )

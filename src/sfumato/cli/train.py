@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +21,8 @@ def train(
     """Train by a recipe; run it again to resume."""
     from sfumato.training import run  # imports torch
 
-    path = run(config, joined(overrides), reporter())
+    with reporter() as report:
+        path = run(config, joined(overrides), report)
     print(path)
 
 
@@ -35,23 +37,24 @@ def joined(words: tuple[str, ...]) -> list[str]:
     return found
 
 
-def reporter() -> Callable[[Mapping[str, Any]], None]:
-    """Shows metrics: on a terminal one line that is redrawn (with rich, extra "train"), else a line each."""
+@contextmanager
+def reporter() -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Shows metrics on stderr: a line each; on a terminal the speed in one that is redrawn."""
     if not sys.stderr.isatty():
-        return lambda values: print(line(values), file=sys.stderr, flush=True)
-    from rich.console import Console  # cyclopts brings it along
+        yield lambda values: print(line(values), file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
 
     console = Console(stderr=True, highlight=False)
-    status = console.status("starting")
-    status.start()
+    with console.status("starting") as status:
 
-    def show(values: Mapping[str, Any]) -> None:
-        if "images_per_second" in values:
-            status.update(line(values))
-        else:
-            console.print(line(values))  # scores and warnings stay on the screen
+        def show(values: Mapping[str, Any]) -> None:
+            if "images_per_second" in values:
+                status.update(line(values))
+            else:
+                console.print(line(values), markup=False)  # scores and warnings stay on the screen
 
-    return show
+        yield show
 
 
 def line(values: Mapping[str, Any]) -> str:

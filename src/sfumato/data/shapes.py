@@ -51,9 +51,9 @@ SHAPES: dict[str, Points] = {
 
 
 def shapes(size: int, copies: int = 1, seed: int = 0) -> Iterator[tuple[str, str, Image.Image]]:
-    """(file name without suffix, caption, RGB picture of (size, size)) of every colour, shape and place.
+    """(file name without suffix, caption, RGB picture of side `size`): every colour, shape and place.
 
-    Each of the 120 combinations comes `copies` times, with size and place varied by the hash of name and seed.
+    Each of the 120 combinations comes `copies` times, size and place varied by the hash of name and seed.
     """
     for copy, colour, shape, place in product(range(copies), COLOURS, SHAPES, PLACES):
         name = f"{colour}-{shape}-{place.split()[-1]}-{copy:03d}"
@@ -78,8 +78,7 @@ def write_shapes(folder: Path | str, *, size: int = 64, copies: int = 1, seed: i
         raise InputError(f"size {size} and copies {copies}", "size is at least 8, copies at least 1.")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    number = 0
-    for number, (name, caption, picture) in enumerate(shapes(size, copies, seed), start=1):
+    for name, caption, picture in shapes(size, copies, seed):
         picture.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
-    return number
+    return copies * len(COLOURS) * len(SHAPES) * len(PLACES)

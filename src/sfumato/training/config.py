@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import InputError, nearest
-from sfumato.nn.autoencoder import AutoencoderConfig
-from sfumato.nn.clip import CLIPTextConfig
-from sfumato.nn.unet import UNetConfig
+from sfumato.presets import AutoencoderTable, ScheduleTable, TextTable, UNetTable
 
-
-def _known_keys(kind: type) -> BeforeValidator:
-    """Refuse keys that the dataclass `kind` lacks; pydantic ignores them in plain dataclasses."""
-
-    def check(value: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(kind)]
-        for key in value if isinstance(value, Mapping) else ():
-            if key not in names:
-                raise ValueError(f"unknown key {key!r} for {kind.__name__}. {nearest(key, names)}")
-        return value
-
-    return BeforeValidator(check)
+RECIPES = "See configs/ for recipes that run."
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -40,13 +27,15 @@ class DataConfig(Section):
     """The pictures."""
 
     path: Path = Field(description="folder of pictures with .txt captions, or a built illustration set")
-    size: int | tuple[int, int] = Field(64, description="pixels, side or (height, width)")
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        default=64, description="pixels, side or (height, width)"
+    )
     channels: Literal[1, 3] = 3
-    repeats: dict[str, int] = Field(
+    repeats: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict,
         description="how often an epoch shows each kind of row of an illustration set; else 1",
     )
-    workers: int = Field(2, ge=0, le=64, description="threads that decode pictures ahead")
+    workers: int = Field(default=2, ge=0, le=64, description="threads that decode pictures ahead")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -57,30 +46,30 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW and its learning rate over the images seen."""
 
-    learning_rate: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.01, ge=0)
-    warmup_images: int = Field(10_000, ge=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    warmup_images: int = Field(default=10_000, ge=0)
     decay: Literal["constant", "cosine", "trapezoid"] = Field(
-        "cosine", description="trapezoid = constant, then straight to zero over the last fifth"
+        default="cosine", description="trapezoid = constant, then straight to zero over the last fifth"
     )
-    clip_norm: float = Field(1.0, gt=0)
+    clip_norm: float = Field(default=1.0, gt=0)
 
 
 class LoopConfig(Section):
     """How long, how large a batch, how often things are written; the clock counts images."""
 
-    images: int = Field(200_000, gt=0, description="images to train on in all")
-    batch: int = Field(64, gt=0, description="images in one network call")
-    accumulate: int = Field(1, gt=0, description="network calls in one optimizer step")
-    ema_images: int = Field(20_000, ge=0, description="half-life of the averaged weights; 0 = none")
-    log_images: int = Field(2_000, gt=0)
-    save_images: int = Field(20_000, gt=0)
-    preview_images: int = Field(20_000, gt=0)
-    keep: int = Field(2, ge=1, description="saved states kept")
+    images: int = Field(default=200_000, gt=0, description="images to train on in all")
+    batch: int = Field(default=64, gt=0, description="images in one network call")
+    accumulate: int = Field(default=1, gt=0, description="network calls in one optimizer step")
+    ema_images: int = Field(default=20_000, ge=0, description="half-life of the averaged weights; 0 = none")
+    log_images: int = Field(default=2_000, gt=0)
+    save_images: int = Field(default=20_000, gt=0)
+    preview_images: int = Field(default=20_000, gt=0)
+    keep: int = Field(default=2, ge=1, description="saved states kept")
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="auto = bfloat16 on a GPU that has it, else float32"
+        default="auto", description="auto = bfloat16 on a GPU that has it, else float32"
     )
     compile: bool = False
     gradient_checkpointing: bool = False
@@ -90,11 +79,13 @@ class LoopConfig(Section):
 class AutoencoderTaskConfig(Section):
     """L1 + KL, and a weight-free edge term (L1 of finite differences)."""
 
-    kl_weight: float = Field(1e-6, ge=0)
-    edge_weight: float = Field(0.0, ge=0)
-    start_from: Path | None = Field(None, description="model.safetensors whose autoencoder to begin with")
+    kl_weight: float = Field(default=1e-6, ge=0)
+    edge_weight: float = Field(default=0.0, ge=0)
+    start_from: Path | None = Field(
+        default=None, description="model.safetensors whose autoencoder to begin with"
+    )
     freeze_encoder: bool = Field(
-        False,
+        default=False,
         description="train the decoder alone: latents, and so U-Nets trained on them, keep their meaning",
     )
 
@@ -103,26 +94,22 @@ class DiffusionTaskConfig(Section):
     """Mean squared error of the prediction (Ho et al. 2020, eq. 14; Rombach et al. 2022, eq. 2)."""
 
     prediction: Literal["eps", "v", "x0"] = "eps"
-    caption_dropout: float = Field(0.1, ge=0, le=1, description="share of captions replaced by the empty one")
+    caption_dropout: float = Field(
+        default=0.1, ge=0, le=1, description="share of captions replaced by the empty one"
+    )
     vocabulary: int | Literal["clip"] = Field(
-        2048, description="tokens learned from the captions, or CLIP's own"
+        default=2048, description="tokens learned from the captions, or CLIP's own"
     )
     autoencoder: Path | None = Field(
-        None, description="model.safetensors of an autoencoder run; none = pixel space"
+        default=None, description="model.safetensors of an autoencoder run; none = pixel space"
     )
     start_from: Path | None = Field(
-        None, description="model.safetensors whose U-Net and text encoder to begin with"
+        default=None, description="model.safetensors whose U-Net and text encoder to begin with"
     )
-    prompts: tuple[str, ...] = Field((), description="prompts of the preview sheets")
-    guidance: float = Field(3.0, ge=0, description="default guidance of the finished model")
-    steps: int = Field(25, gt=0, description="default steps of the finished model")
-    sampler: str = Field("dpmpp_2m", description="default sampler of the finished model")
-
-
-Network = Annotated[UNetConfig, _known_keys(UNetConfig)]
-FirstStage = Annotated[AutoencoderConfig, _known_keys(AutoencoderConfig)]
-Text = Annotated[CLIPTextConfig, _known_keys(CLIPTextConfig)]
-Noising = Annotated[ScheduleConfig, _known_keys(ScheduleConfig)]
+    prompts: tuple[str, ...] = Field(default=(), description="prompts of the preview sheets")
+    guidance: float = Field(default=3.0, ge=0, description="default guidance of the finished model")
+    steps: int = Field(default=25, gt=0, description="default steps of the finished model")
+    sampler: str = Field(default="dpmpp_2m", description="default sampler of the finished model")
 
 
 class TrainingConfig(Section):
@@ -131,18 +118,18 @@ class TrainingConfig(Section):
     task: Literal["autoencoder", "diffusion"]
     out: Path = Field(description="folder of the run")
     name: str = "model"
-    seed: int = Field(0, ge=0, lt=2**63)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
-    notices: str = Field("", description="credits and licences stored in the model file")
+    notices: str = Field(default="", description="credits and licences stored in the model file")
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     autoencoder: AutoencoderTaskConfig = AutoencoderTaskConfig()
     diffusion: DiffusionTaskConfig = DiffusionTaskConfig()
-    first_stage: FirstStage | None = None
-    unet: Network | None = None
-    text: Text | None = None
-    schedule: Noising = ScheduleConfig()
+    first_stage: AutoencoderTable | None = None
+    unet: UNetTable | None = None
+    text: TextTable | None = None
+    schedule: ScheduleTable = ScheduleConfig()
 
 
 def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
@@ -156,16 +143,14 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         raise InputError(
             f"cannot read the recipe {path}: {error.strerror}", "Give the path of a .toml file."
         ) from error
-    except tomllib.TOMLDecodeError as error:
-        raise InputError(
-            f"{path} is not valid TOML: {error}", "See configs/ for recipes that run."
-        ) from error
+    except ValueError as error:
+        raise InputError(f"{path} is not valid TOML: {error}", RECIPES) from error
     for override in overrides:
         _override(values, override)
     try:
         return TrainingConfig.model_validate(values)
     except ValidationError as error:
-        raise InputError(f"{path}: {_explain(error)}", "See configs/ for recipes that run.") from error
+        raise InputError(f"{path}: {_explain(error)}", RECIPES) from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:
@@ -186,16 +171,21 @@ def _override(values: dict[str, Any], text: str) -> None:
 
 def _explain(error: ValidationError) -> str:
     lines = []
-    for item in error.errors():
+    for item in error.errors(include_url=False):
         place = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             lines.append(f"unknown key {place!r}. {nearest(str(item['loc'][-1]), _keys(item['loc'][:-1]))}")
+        elif item["type"] == "missing":
+            lines.append(f"key {place!r} is missing")
+        elif item["type"] == "value_error":
+            lines.append(f"{place}: {item.get('ctx', {}).get('error')}".replace("\n", " "))
         else:
-            lines.append(f"{place}: {item['msg']} (given: {item.get('input')!r})")
+            lines.append(f"{place}: {item['msg']} (given: {item['input']!r})")
     return "; ".join(lines)
 
 
 def _keys(place: Sequence[int | str]) -> list[str]:
+    """The keys of the section at `place`; only sections know extra keys, so every step leads to one."""
     model: Any = TrainingConfig
     for part in place:
         model = model.model_fields[part].annotation

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import struct
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
@@ -16,18 +19,28 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from sfumato.data.pictures import Pictures, Split
-from sfumato.errors import DataError
+from sfumato.errors import DataError, InputError, nearest
 
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
+BOMB = Image.DecompressionBombError
+DAMAGE = (OSError, SyntaxError, ValueError, LookupError, TypeError, struct.error, BOMB)  # as Pillow raises it
 
 
 class Dataset(Protocol):
-    """Pictures with captions, told apart by index."""
+    """Pictures with captions, told apart by index.
+
+    `digest` changes with anything that training on them would notice.
+    """
 
     digest: str
-    order: Sequence[
-        int
-    ]  # the indices of one epoch; what is to be seen more often stands in it more than once
+
+    @property
+    def order(self) -> Sequence[int]:
+        """The indices that one epoch shows, before they are shuffled, so its length is an epoch's.
+
+        An index that stands in it n times is shown n times, one that is not in it never.
+        """
+        ...
 
     def __len__(self) -> int: ...
 
@@ -42,7 +55,10 @@ class Dataset(Protocol):
 
 @dataclass(frozen=True)
 class Position:
-    """Where a sample stands in the run: its random numbers depend on (seed, epoch, place) and nothing else."""
+    """Where a sample stands in the run: its random numbers depend on (seed, epoch, place) and nothing else.
+
+    `place` is where it stands in the shuffled epoch, `index` which picture of the data set it is.
+    """
 
     seed: int
     epoch: int
@@ -75,27 +91,29 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def batches(
     dataset: Dataset, order: Iterator[Position], size: int, workers: int
-) -> Iterator[tuple[list[Position], Tensor]]:
-    """(positions, pictures (b, c, h, w) in -1..1), decoded `workers` threads and two batches ahead."""
+) -> Generator[tuple[list[Position], Tensor], None, None]:
+    """(positions, pictures (b, c, h, w) in -1..1), endless; `workers` threads decode that many batches ahead.
+
+    What comes out depends on `order` alone. Close it to stop the threads.
+    """
 
     def load(group: list[Position]) -> Tensor:
         return torch.stack([to_tensor(dataset.picture(position.index)) for position in group])
 
-    def groups() -> Iterator[list[Position]]:
-        while True:
-            yield [next(order) for _ in range(size)]
-
     if workers == 0:
-        for group in groups():
+        while group := list(islice(order, size)):
             yield group, load(group)
-    with ThreadPoolExecutor(workers) as pool:
-        waiting = [
-            (group, pool.submit(load, group)) for group, _ in zip(groups(), range(workers + 1), strict=False)
-        ]
-        for group in groups():
-            first, future = waiting.pop(0)
-            waiting.append((group, pool.submit(load, group)))
-            yield first, future.result()
+    pool = ThreadPoolExecutor(max(workers, 1))
+    waiting: deque[tuple[list[Position], Future[Tensor]]] = deque()
+    try:
+        while True:
+            while len(waiting) <= workers:
+                group = list(islice(order, size))
+                waiting.append((group, pool.submit(load, group)))
+            group, future = waiting.popleft()
+            yield group, future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def held_out(name: str, share: float = 0.05) -> bool:
@@ -105,26 +123,27 @@ def held_out(name: str, share: float = 0.05) -> bool:
 
 
 class Folder:
-    """A folder of pictures, searched recursively, each with an optional caption in a `.txt` beside it."""
+    """A folder of pictures, searched recursively, each with an optional caption in a `.txt` beside it.
+
+    Transparency becomes white, every picture is cut to the size around its middle. Hidden files are left out.
+    """
 
     def __init__(self, root: Path, size: tuple[int, int], channels: int, split: Split) -> None:
-        found = sorted(path for path in root.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES)
+        names = {path: path.relative_to(root) for path in sorted(root.rglob("*"))}
+        found = [path for path, name in names.items() if _is_picture(path, name)]
         if not found:
-            raise DataError(
-                f"no pictures in {root}", f"Put {', '.join(sorted(PICTURE_SUFFIXES))} files there."
-            )
-        names = [path.relative_to(root).as_posix() for path in found]
-        chosen = [
-            path for path, name in zip(found, names, strict=True) if held_out(name) == (split == "test")
-        ]
+            raise DataError(f"no pictures in {root}", f"Put {', '.join(FORMATS)} files there.")
+        chosen = [path for path in found if held_out(names[path].as_posix()) == (split == "test")]
         self.paths = chosen or found  # a handful of pictures may have no held-out one: then all of them serve
         self.size = size
         self.mode = "L" if channels == 1 else "RGB"
-        self.order = range(len(self.paths))
-        listing = "\n".join(
-            f"{path.relative_to(root).as_posix()} {path.stat().st_size}" for path in self.paths
-        )
-        self.digest = hashlib.sha256(listing.encode()).hexdigest()
+        self.texts = {path: _caption(path.with_suffix(".txt")) for path in self.paths}
+        content = [[names[path].as_posix(), path.stat().st_size, self.texts[path]] for path in self.paths]
+        self.digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    @property
+    def order(self) -> Sequence[int]:
+        return range(len(self.paths))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -132,9 +151,9 @@ class Folder:
     def picture(self, index: int) -> Image.Image:
         path = self.paths[index]
         try:
-            with Image.open(path) as opened:
-                upright = ImageOps.exif_transpose(opened).convert("RGBA")
-        except (OSError, Image.DecompressionBombError) as error:
+            with Image.open(path, formats=sorted(set(FORMATS.values()))) as opened:
+                upright = _eight_bits(ImageOps.exif_transpose(opened)).convert("RGBA")
+        except DAMAGE as error:
             raise DataError(f"cannot read {path}: {error}", "Remove or replace this file.") from error
         white = Image.new("RGBA", upright.size, "white")
         flat = Image.alpha_composite(white, upright).convert(self.mode)
@@ -142,21 +161,44 @@ class Folder:
         return ImageOps.fit(flat, (width, height), Image.Resampling.LANCZOS)
 
     def captions(self, index: int) -> list[str]:
-        text = self.paths[index].with_suffix(".txt")
-        return [text.read_text(encoding="utf-8").strip()] if text.exists() else []
+        return self.texts[self.paths[index]]
+
+
+def _is_picture(path: Path, name: Path) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)
+    return path.suffix.lower() in FORMATS and not hidden and path.is_file()
+
+
+def _eight_bits(picture: Image.Image) -> Image.Image:
+    """Pillow itself would clip 16-bit grey to white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    return Image.fromarray((np.asarray(picture) // 256).astype(np.uint8))
+
+
+def _caption(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    try:
+        return [path.read_text(encoding="utf-8-sig").strip()]
+    except (OSError, UnicodeError) as error:
+        raise DataError(f"cannot read {path}: {error}", "Save it as UTF-8 text.") from error
 
 
 class Illustrations:
-    """A built illustration set (`sfumato data build illustrations`): rows are compositions of RGBA pictures."""
+    """A built illustration set (`sfumato data build illustrations`): rows compose RGBA pictures."""
 
     def __init__(
         self, root: Path, size: tuple[int, int], channels: int, split: Split, repeats: Mapping[str, int]
     ) -> None:
         self.pictures = Pictures(root)
+        kinds = {row["kind"] for row in self.pictures.rows()}
+        for kind in repeats.keys() - kinds:
+            raise InputError(f"data.repeats names {kind!r}, a kind that {root} lacks", nearest(kind, kinds))
         self.rows = [row for row in self.pictures.rows(split) if repeats.get(row["kind"], 1)]
         if not self.rows:
             raise DataError(
-                f"{root} has no rows for {split}ing with repeats {dict(repeats)}", "Build the set again."
+                f"{root} has no {split} rows with repeats {dict(repeats)}", "Build the set again."
             )
         self.order = [
             index for index, row in enumerate(self.rows) for _ in range(repeats.get(row["kind"], 1))
@@ -183,7 +225,8 @@ def open_dataset(
 ) -> Dataset:
     """The "train" or "test" split of a folder of pictures or of a built illustration set.
 
-    repeats: how often one epoch shows each kind of row of an illustration set, 1 where it says nothing, 0 for never.
+    repeats: how often one epoch shows each kind of row of an illustration set, 1 where it says nothing, 0 for
+    never. Raises `DataError` for pictures that cannot be used, `InputError` for repeats of what is not there.
     """
     if not root.is_dir():
         raise DataError(
@@ -191,4 +234,8 @@ def open_dataset(
         )
     if (root / "metadata.jsonl").exists():
         return Illustrations(root, size, channels, split, repeats or {})
+    if repeats:
+        raise InputError(
+            f"data.repeats is for illustration sets, and {root} is a folder of pictures", "Leave repeats out."
+        )
     return Folder(root, size, channels, split)

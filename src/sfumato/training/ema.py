@@ -6,20 +6,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-RAMP_UP = (
-    0.05  # the half-life never exceeds this share of the images seen, so early averages forget the start
-)
+RAMP_UP = 0.05  # the half-life is at most this share of the images seen, so early averages forget the start
 
 
 class Ema:
-    """Averaged copies of every parameter of `modules`, in float32."""
+    """Averaged copies of every parameter of `modules`, in the parameters' own dtype.
+
+    half_life: images after which a weight's share in the average has halved; 0 keeps the newest weights.
+    """
 
     def __init__(self, modules: Mapping[str, nn.Module], half_life: int) -> None:
         self.half_life = half_life
         self.live = {
-            f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()
+            f"{part}.{name}": parameter
+            for part, module in modules.items()
+            for name, parameter in module.named_parameters()
         }
         self.average = {name: parameter.detach().clone() for name, parameter in self.live.items()}
 
@@ -27,18 +31,20 @@ class Ema:
     def update(self, seen: int, batch: int) -> None:
         """Move the averages towards the live weights after a step of `batch` images; `seen` includes them."""
         half_life = min(self.half_life, seen * RAMP_UP)
-        weight = 1 - 0.5 ** (batch / half_life) if half_life > 0 else 1.0
-        torch._foreach_lerp_(list(self.average.values()), [p.detach() for p in self.live.values()], weight)
+        kept = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
+        get_ema_multi_avg_fn(kept)(list(self.average.values()), list(self.live.values()), 0)
 
     @contextmanager
-    @torch.no_grad()
     def applied(self) -> Iterator[None]:
         """Within the context the modules carry the averages; afterwards exactly the weights they had."""
-        live: dict[str, Tensor] = {name: parameter.detach().clone() for name, parameter in self.live.items()}
+        weights = {name: parameter.detach().clone() for name, parameter in self.live.items()}
         try:
-            for name, parameter in self.live.items():
-                parameter.copy_(self.average[name])
+            self._put(self.average)
             yield
         finally:
-            for name, parameter in self.live.items():
-                parameter.copy_(live[name])
+            self._put(weights)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.live.items():
+            parameter.copy_(values[name])
