@@ -1,4 +1,4 @@
-"""A classifier of what an illustration shows, trained on the training pictures; it is the judge in quality.py.
+"""A classifier of what an illustration shows, trained on the training pictures: the judge in quality.py.
 
 Run: python benchmarks/attributes.py --data data/illustrations --out runs/attributes.safetensors
 """
@@ -31,7 +31,7 @@ Facts = dict[str, str]
 def facts(row: Row) -> Facts:
     """What the canonical caption of a row says, as head -> value.
 
-    "a fox left of a dog" and "a dog right of a fox" are one picture, so pairs are told from left and from top.
+    "a fox left of a dog" and "a dog right of a fox" are one picture, so pairs are told from left and top.
     """
     told = row["attributes"]
     if row["kind"] == "avatar":

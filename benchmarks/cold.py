@@ -46,9 +46,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     results: dict[str, object] = {
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
         "load_before": os.getloadavg()[0],
-    }  # fmt: skip
+    }
     with tempfile.TemporaryDirectory() as folder:
         for name, (arguments, bar) in CASES.items():
             seconds, memory = zip(*(run(arguments, folder) for _ in range(options.repeats)), strict=True)

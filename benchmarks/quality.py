@@ -1,8 +1,8 @@
-"""Scores of the embedded model against its own recipe's held-out pictures; prints them and writes them as JSON.
+"""Scores of the embedded model against its recipe's held-out pictures; prints them and writes them as JSON.
 
-Run: python benchmarks/quality.py --data data/illustrations --judge runs/attributes.safetensors --out quality.json
-Default settings, seed i for prompt i, no picking. Beside each figure stand chance, the judge's accuracy on real
-pictures and the autoencoder's own round trip of those.
+Run: python benchmarks/quality.py --data data/illustrations --judge runs/attributes.safetensors
+Default settings, seed i for prompt i, no picking. Beside each figure stand chance, the
+judge's accuracy on real pictures and the autoencoder's own round trip of those.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attributes import Facts, Judge, facts, load_judge, picture
 from torch import Tensor
 from torch.nn import functional as F
 
 import sfumato
+from attributes import Facts, Judge, facts, load_judge, picture
 from sfumato.data.pictures import Pictures, Row
 from sfumato.generation import draw
 from sfumato.training.sheets import save_sheet
@@ -108,7 +108,7 @@ def nearest_distances(pictures: Tensor, training: Tensor) -> Tensor:
 
 
 def memorisation(pictures: Tensor, real: Tensor, training: Tensor) -> dict[str, float]:
-    """(d) share nearer to a training picture than the 1st percentile of distances between training pictures."""
+    """(d) share nearer to a training picture than the 1st percentile of their own distances."""
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randint(len(training), (2, PAIRS), generator=generator)
     distances = torch.cat([
@@ -188,9 +188,8 @@ def score(
         show(sheets, f"c-held-out-{kind}s", samples)
 
     # (d) copies
-    stored = torch.cat([
-        ((small(real(train[start : start + 512])) + 1) * 127.5).round().byte() for start in range(0, len(train), 512)
-    ])  # fmt: skip
+    groups = [train[start : start + 512] for start in range(0, len(train), 512)]
+    stored = torch.cat([((small(real(group)) + 1) * 127.5).round().byte() for group in groups])
     report(
         "d_memorisation",
         memorisation(torch.cat(everything), torch.cat(everything_real), stored) | {"bar": 0.05},

@@ -11,9 +11,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What one batch of samples is conditioned on; an absent kind is None and every tensor has the sample axis first.
+    """What one batch of samples is conditioned on; an absent kind is None, the sample axis is first.
 
-    context: (b, tokens, width), read by cross-attention. vector: (b, width) floats, or (b,) long class labels.
+    context: (b, tokens, width), read by cross-attention. vector: (b, width) floats, or (b,) long labels.
     concat: (b, c, ...) joined to the network's input channels. hints: pictures for control networks, each
     (b, c, h, w). image_tokens: (b, tokens, width) of an image encoder.
     """
@@ -44,7 +44,7 @@ class Conditioning:
         return self.map(lambda value: value[start:stop])
 
     def repeat(self, count: int) -> Conditioning:
-        """Every sample `count` times in a row; a conditioning of one sample becomes one for a batch of `count`."""
+        """Every sample `count` times in a row; one sample becomes a batch of `count`."""
         return self.map(lambda value: value.repeat_interleave(count, dim=0))
 
     def same_shape(self, other: Conditioning) -> bool:

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 class SfumatoError(Exception):
     """Base of every error meant for people.
 
-    `message` says what was given and what is allowed, `hint` what to do next; `code` is stable for programs and
-    `exit_status` is what the command line exits with.
+    `message` says what was given and what is allowed, `hint` what to do next; `code` is stable for programs
+    and `exit_status` is what the command line exits with.
     """
 
     code = "error"

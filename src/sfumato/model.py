@@ -190,6 +190,6 @@ def load(
     file = load_file(path, wanted)
     try:
         model = StableDiffusion(file.config, file.modules, file.digest)
-    except InputError as error:
-        raise CheckpointError(f"{path} describes no model: {error.message}", error.hint) from error
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:  # no schedule, other parts
+        raise CheckpointError(f"{path} describes no model: {error}", "Get the file again.") from error
     return model.to(target, wanted)

@@ -102,7 +102,7 @@ class ModelConfig:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        except (ValueError, RecursionError, OverflowError) as error:
+        except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             raise _damaged(source, str(error)) from error
 
 

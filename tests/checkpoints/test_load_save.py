@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ from sfumato.nn.unet import UNetConfig
 from sfumato.presets import MAX_NUMBER, ModelConfig
 
 FEW_EXAMPLES = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -94,7 +95,8 @@ FULL = ModelConfig(
     name="all of it, ünicode",
     unet=UNetConfig(
         in_channels=4, out_channels=4, model_channels=32, num_res_blocks=(1, 2), attention_resolutions=(1, 2),
-        channel_mult=(1, 2), num_heads=4, use_spatial_transformer=True, transformer_depth=(1, 0), context_dim=8,
+        channel_mult=(1, 2), num_heads=4, use_spatial_transformer=True, transformer_depth=(1, 0),
+        context_dim=8,
     ),
     autoencoder=AutoencoderConfig(ch=32, ch_mult=(1, 2), attn_resolutions=(16,)),
     text=CLIPTextConfig(hidden_size=8, num_attention_heads=2),
@@ -152,6 +154,7 @@ DISAGREEING = {
     "a width of nothing": {"unet__model_channels": 0},
     "a negative width": {"text__hidden_size": -16},
     "no levels": {"unet__channel_mult": []},
+    "no groups": {"unet__num_groups": 0},
     "another vocabulary": {"text__vocab_size": 10, "text__eos_token_id": 1},
     "another autoencoder": {"autoencoder__embed_dim": 3},
     "another text width": {"unet__context_dim": 8},
@@ -192,7 +195,7 @@ def with_tensors(source: Path, path: Path, changes: dict[str, Tensor | None]) ->
         ({UNET + FIRST: torch.zeros(1, 2)}, rf"{FIRST}: shape \(1, 2\) for \(16, 2, 3, 3\)"),
         ({UNET + FIRST: torch.zeros(16, 2, 3, 3).long()}, f"{FIRST}: torch.int64 is not floating-point"),
         ({"stray": torch.zeros(1)}, "no part of the model has: stray"),
-        (dict.fromkeys(NAMES, torch.zeros(1)), "12 tensors differ: more.00: .* more.09: unexpected$"),
+        ({name: torch.zeros(1) for name in NAMES}, "12 tensors differ: more.00: .* more.09: unexpected\n"),
     ],
     ids=["missing", "unexpected", "shape", "integers", "stray", "first ten"],
 )
@@ -230,7 +233,7 @@ def test_weights_that_are_not_finite_are_not_written(
     path.write_bytes(b"old")
     state = pixel_model.unet.state_dict()
     state["out.2.bias"] = torch.full_like(state["out.2.bias"], value)
-    with pytest.raises(NumericalError, match=r"out\.2\.bias is not finite as torch.float16; nothing was written"):
+    with pytest.raises(NumericalError, match=r"out\.2\.bias is not finite as .*float16; nothing was"):
         save_file(path, pixel_model.config, {"unet": state}, torch.float16)
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -257,7 +260,9 @@ def places(value: object, path: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
 
 @FEW_EXAMPLES
 @given(data=st.data())
-def test_no_description_gives_another_exception(tmp_path: Path, tiny_model_file: Path, data: st.DataObject) -> None:
+def test_no_description_gives_another_exception(
+    tmp_path: Path, tiny_model_file: Path, data: st.DataObject
+) -> None:
     tensors, metadata = read_tensors(tiny_model_file)
     values = json.loads(metadata[METADATA_KEY])
     for place in data.draw(st.lists(st.sampled_from(places(values)), min_size=1, max_size=2)):
@@ -266,7 +271,8 @@ def test_no_description_gives_another_exception(tmp_path: Path, tiny_model_file:
             table = table.get(key) if isinstance(table, dict) else None
         if isinstance(table, dict):
             table[place[-1]] = data.draw(JSON | st.integers(-1, 40))
-    write_tensors(tmp_path / "m.safetensors", tensors, {METADATA_KEY: json.dumps(values)})
+    content = safetensors.torch.save(tensors, {METADATA_KEY: json.dumps(values)})
+    (tmp_path / "m.safetensors").write_bytes(content)
     try:
         model = load(tmp_path / "m.safetensors", device="cpu")
     except CheckpointError:

@@ -34,9 +34,7 @@ def _check(path: Path) -> None:
                 raise ValueError(f"its header would be {length} bytes long, at most {MAX_HEADER} are read")
             size = 8 + length + _data_size(json.loads(file.read(length)))
         if size != status.st_size:
-            raise ValueError(
-                f"it has {status.st_size} bytes and its header describes {size}"
-            )
+            raise ValueError(f"it has {status.st_size} bytes and its header describes {size}")
     except OSError as error:
         cause = error.strerror or error
         raise CheckpointError(
@@ -99,7 +97,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     with disk_errors(path):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.touch()
+            mode = temporary.stat().st_mode  # the umask decides; files of safetensors are private
             write(temporary)
+            temporary.chmod(mode)
             sync(temporary)
             temporary.replace(path)
             sync(path.parent)

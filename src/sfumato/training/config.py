@@ -120,7 +120,7 @@ class TrainingConfig(Section):
     name: str = "model"
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
-    notices: str = Field(default="", description="credits and licences stored in the model file")
+    notices: str = Field(default="", description="credits for the model file; else data.path/NOTICE")
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
@@ -151,6 +151,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> TrainingConfig:
         return TrainingConfig.model_validate(values)
     except ValidationError as error:
         raise InputError(f"{path}: {_explain(error)}", RECIPES) from error
+    except ArithmeticError as error:  # a zero that a network's options divide by
+        raise InputError(f"{path}: {error}", RECIPES) from error
 
 
 def _override(values: dict[str, Any], text: str) -> None:

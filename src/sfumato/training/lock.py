@@ -39,10 +39,10 @@ def locked(out: Path) -> Iterator[None]:
                     "Wait for it to end, stop it, or choose another `out` folder.",
                 ) from error
         with disk_errors(out):
+            _remove_temporaries(out)
             file.truncate(0)
             file.write(f"{os.getpid()}\n")
             file.flush()
-            _remove_temporaries(out)
         yield
 
 

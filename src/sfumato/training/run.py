@@ -40,6 +40,9 @@ def make_task(config: TrainingConfig, device: torch.device, report: Report = lam
             f"`out` is {config.out}, inside of data.path: its sheets would be trained on",
             "Choose a folder beside the pictures.",
         )
+    notice = data.path / "NOTICE"
+    if not config.notices and notice.is_file():  # whoever gets the model gets the credits
+        config = config.model_copy(update={"notices": notice.read_text(encoding="utf-8")})
     dataset = open_dataset(data.path, data.shape, data.channels, "train", data.repeats)
     held_out = open_dataset(data.path, data.shape, data.channels, "test", data.repeats)
     if config.task == "autoencoder":

@@ -169,9 +169,7 @@ class DiffusionTask:
             return None
         self.tokens = {caption: self._tokens([caption])[0] for caption in ["", *self._captions()]}
         vocab_size, end = self.tokenizer.vocab_size, self.tokenizer.end_id
-        return CLIPTextEncoder(
-            dataclasses.replace(self.config.text, vocab_size=vocab_size, eos_token_id=end)
-        )
+        return CLIPTextEncoder(dataclasses.replace(self.config.text, vocab_size=vocab_size, eos_token_id=end))
 
     def _captions(self) -> list[str]:
         return sorted({text for index in range(len(self.dataset)) for text in self.dataset.captions(index)})
@@ -245,7 +243,7 @@ def _checked(config: TrainingConfig) -> UNetConfig:
         raise InputError("a diffusion run needs a [unet] table", "See configs/ for one.")
     if unet.dims != 2 or unet.num_classes is not None:
         raise InputError(
-            f"unet.dims is {unet.dims} and num_classes {unet.num_classes}; captioned pictures need 2 and none",
+            f"unet.dims is {unet.dims} and num_classes {unet.num_classes}; captions need 2 and none",
             "Leave both out.",
         )
     if unet.context_dim != (text and text.hidden_size):

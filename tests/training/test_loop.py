@@ -1,0 +1,364 @@
+"""The training loop: what it computes and writes, and that going on is like never having stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sfumato.checkpoints.files import read_tensors
+from sfumato.errors import CheckpointError, InputError, NumericalError, ResourceError
+from sfumato.training.config import OptimizerConfig, TrainingConfig
+from sfumato.training.lock import locked
+from sfumato.training.loop import Loss, Task, learning_rate, train
+from sfumato.training.run import make_task, run
+
+CPU = torch.device("cpu")
+Recipe = Callable[..., TrainingConfig]
+Trained = Callable[..., Path]
+Lines = list[dict[str, Any]]
+
+
+class Line:
+    """A task that fits y = 2x - 1; the batch is a function of the image count."""
+
+    digest = "line"
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.net = nn.Linear(1, 1)
+        self.modules: Mapping[str, nn.Module] = {"net": self.net}
+        self.spoil: Callable[[int, Tensor], Tensor] = lambda seen, loss: loss
+        self.closed = False
+
+    def optimized(self) -> Mapping[str, list[nn.Parameter]]:
+        return {"line": list(self.net.parameters())}
+
+    def batches(self, seen: int, size: int) -> Generator[Tensor, None, None]:
+        try:
+            while True:
+                yield torch.randn(size, 1, generator=torch.Generator().manual_seed(seen))
+                seen += size
+        finally:
+            self.closed = True
+
+    def losses(self, batch: Tensor, seen: int) -> Iterator[Loss]:
+        loss = (self.net(batch) - 2 * batch + 1).square().mean()
+        yield "line", self.spoil(seen, loss), {"loss": loss, "twice": 2 * loss.item()}
+
+    def evaluate(self) -> dict[str, float]:
+        assert not self.net.training and not torch.is_grad_enabled()
+        return {"held_out": float(self.net.weight)}
+
+    def preview(self, path: Path) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(str(float(self.net.weight)))
+
+    def finish(self, path: Path) -> None:
+        path.write_text(str(self.net.state_dict()))
+
+
+@pytest.fixture
+def config(recipe: Recipe, tmp_path: Path) -> TrainingConfig:
+    return recipe("autoencoder", tmp_path / "run", optimizer={"learning_rate": 0.1, "decay": "constant"})
+
+
+def fit(config: TrainingConfig, task: Task | None = None) -> Lines:
+    lines: Lines = []
+    train(config, task or Line(), CPU, lambda line: lines.append(dict(line)))
+    return lines
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of everything that a run leaves, but for its speed and its lock."""
+    found = {}
+    for path in sorted(out.rglob("*")):
+        if path.name == "metrics.jsonl":
+            found[path.name] = str(metrics(out))
+        elif path.is_file() and path.name != "lock":
+            found[str(path.relative_to(out))] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def metrics(out: Path) -> Lines:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+
+
+def test_what_a_run_writes_and_reports(config: TrainingConfig) -> None:
+    task = Line()
+    lines = fit(config, task)
+    assert task.closed
+    assert [line["seen"] for line in lines] == [4, 8, 12, 16, 16, 20, 24, 28, 32, 32]
+    assert [line["seen"] for line in lines if "held_out" in line] == [16, 32]
+    assert {"loss", "twice", "seen", "images_per_second", "seconds_left"} == lines[0].keys()
+    assert lines[0]["twice"] == pytest.approx(2 * lines[0]["loss"]) and lines[-2]["seconds_left"] == 0
+    assert lines[-2]["loss"] < lines[0]["loss"] / 4
+    assert [line["seen"] for line in metrics(config.out)] == [line["seen"] for line in lines]
+    assert {path.name for path in config.out.iterdir()} == {
+        "metrics.jsonl", "model.safetensors", "previews", "states",
+    }  # fmt: skip
+    assert [path.name for path in sorted((config.out / "previews").iterdir())] == [
+        "000000016.png", "000000032.png",
+    ]  # fmt: skip
+    assert [path.name for path in sorted((config.out / "states").iterdir())] == [
+        "000000000024", "000000000032",
+    ]  # fmt: skip
+
+
+def test_metrics_are_means_over_the_images_since_the_last_line(recipe: Recipe, tmp_path: Path) -> None:
+    often, seldom = (
+        fit(recipe("autoencoder", tmp_path / str(images), loop={"log_images": images})) for images in (4, 16)
+    )
+    means = [line["loss"] for line in seldom if "loss" in line]
+    losses = [line["loss"] for line in often if "loss" in line]
+    assert means == pytest.approx([sum(losses[:4]) / 4, sum(losses[4:]) / 4])
+
+
+def test_images_that_no_step_divides(recipe: Recipe, tmp_path: Path) -> None:
+    loop = {"images": 10, "batch": 4, "save_images": 1000, "log_images": 1000, "preview_images": 1000}
+    lines = fit(recipe("autoencoder", tmp_path / "run", loop=loop))
+    assert [line["seen"] for line in lines] == [12, 12]
+    assert (tmp_path / "run" / "states" / "000000000012").is_dir()
+
+
+RATES = {  # decay: rate at the start, in the warm-up, after it, at half, at nine tenths, at the end
+    "constant": (1 / 101, 51 / 101, 1, 1, 1, 1),
+    "cosine": (1 / 101, 0.9938 * 51 / 101, 0.9755, 0.5, 0.02447, 0),
+    "trapezoid": (1 / 101, 51 / 101, 1, 1, 0.5, 0),
+}
+
+
+@pytest.mark.parametrize(("decay", "shares"), RATES.items(), ids=list(RATES))
+def test_learning_rates(decay: Any, shares: tuple[float, ...]) -> None:
+    config = OptimizerConfig(learning_rate=3e-4, warmup_images=100, decay=decay)
+    rates = [learning_rate(config, seen, 1000) for seen in (0, 50, 100, 500, 900, 1000)]
+    assert rates == pytest.approx([3e-4 * share for share in shares], rel=1e-3, abs=1e-12)
+    assert learning_rate(OptimizerConfig(warmup_images=0, decay=decay), 0, 1000) == 1e-4
+    assert learning_rate(config, 2000, 1000) == learning_rate(config, 1000, 1000)
+
+
+@pytest.mark.parametrize("at", [0, 4, 12])
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_what_is_not_finite_stops_before_anything_is_written(
+    config: TrainingConfig, at: int, kind: str
+) -> None:
+    def spoil(seen: int, loss: Tensor) -> Tensor:
+        if seen < at:
+            return loss
+        return loss * torch.inf if kind == "loss" else Infinite.apply(loss)
+
+    task = Line()
+    task.spoil = spoil
+    with pytest.raises(NumericalError, match=f"line {kind} is .* at image {at};"):
+        fit(config, task)
+    assert task.closed
+    assert [line["seen"] for line in metrics(config.out)] == list(range(4, at + 1, 4))
+    assert len(list((config.out / "states").glob("*"))) == (1 if at >= 8 else 0)
+    resumed = fit(config)  # with the fault gone
+    assert resumed[0]["seen"] == (12 if at >= 8 else 4)
+
+
+class Infinite(torch.autograd.Function):
+    """The identity, with an infinite gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0] * torch.inf
+
+
+class Rivals(Line):
+    """Two losses that pull each other's weight the other way, as a generator's and a discriminator's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(1, 1, bias=False) for _ in range(2))
+        for module in (self.a, self.b):
+            nn.init.ones_(module.weight)
+        self.modules = {"a": self.a, "b": self.b}
+        self.differentiated: list[bool] = []
+
+    def evaluate(self) -> dict[str, float]:
+        return {}
+
+    def optimized(self) -> Mapping[str, list[nn.Parameter]]:
+        return {"first": list(self.a.parameters()), "second": list(self.b.parameters())}
+
+    def losses(self, batch: Tensor, seen: int) -> Iterator[Loss]:
+        both = self.a.weight.sum() + 3 * self.b.weight.sum()
+        yield "first", both, {"first": both}
+        self.differentiated.append(self.a.weight.grad is not None and self.b.weight.grad is None)
+        other = -both - 10 * self.a.weight.sum()
+        yield "second", other, {"second": other}
+
+
+def test_each_loss_steps_the_parameters_of_its_optimizer_alone(recipe: Recipe, tmp_path: Path) -> None:
+    task = Rivals()
+    one_step = {"images": 4, "ema_images": 0}
+    rate = {"learning_rate": 0.1, "weight_decay": 0.0, "warmup_images": 0, "decay": "constant"}
+    fit(recipe("autoencoder", tmp_path / "run", loop=one_step, optimizer=rate), task)
+    assert task.differentiated == [True]
+    # Adam's first step is the learning rate times the gradient's sign: a falls by its loss, b rises by its.
+    assert float(task.a.weight) == pytest.approx(0.9) and float(task.b.weight) == pytest.approx(1.1)
+    names = read_tensors(tmp_path / "run/states/000000000004/tensors.safetensors")[0].keys()
+    assert {"optimizer.first.0.exp_avg", "optimizer.second.0.exp_avg", "ema.b.weight"} <= names
+
+
+def test_accumulation_equals_the_larger_batch(recipe: Recipe, trained: Trained, tmp_path: Path) -> None:
+    smooth = {"eps": 1.0}  # else Adam makes whole steps of gradients that are rounding errors
+    weights = []
+    for batch, accumulate in ((4, 1), (2, 2), (1, 4)):
+        loop = {"images": 16, "batch": batch, "accumulate": accumulate}
+        out = tmp_path / str(batch)
+        trained(recipe("autoencoder", out, loop=loop, optimizer=smooth))
+        weights.append(read_tensors(out / "states" / "000000000016" / "tensors.safetensors")[0])
+        assert [line["seen"] for line in metrics(out)] == [4, 8, 12, 16, 16]
+    for other in weights[1:]:
+        for name, value in weights[0].items():
+            assert torch.allclose(value, other[name], rtol=0, atol=1e-6), name
+    assert not torch.equal(weights[0]["module.autoencoder.quant_conv.weight"], torch.zeros(4, 4, 1, 1))
+
+
+def stop_at(*images: int) -> Callable[[Mapping[str, float | str]], None]:
+    """A report that interrupts a run, as Ctrl-C does, at the first line of each of these image counts."""
+    left = list(images)
+
+    def report(line: Mapping[str, float | str]) -> None:
+        if line.get("seen") in left:
+            left.remove(int(line["seen"]))
+            raise KeyboardInterrupt
+
+    return report
+
+
+@pytest.fixture(scope="module")
+def drawn(latent: Recipe, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished text-to-image run."""
+    return trained(latent(tmp_path_factory.mktemp("drawn") / "run")).parent
+
+
+def test_going_on_is_the_same_as_never_having_stopped(
+    recipe: Recipe, latent: Recipe, first_stage: Path, drawn: Path, trained: Trained, tmp_path: Path
+) -> None:
+    for config, undisturbed in (
+        (recipe("autoencoder", tmp_path / "first"), first_stage),
+        (latent(tmp_path / "second"), drawn),
+    ):
+        report = stop_at(4, 12, 24, 32)  # before any state, after one, while one is due, at the end
+        for _ in range(4):
+            with pytest.raises(KeyboardInterrupt):
+                trained(config, report)
+        trained(config, report)
+        assert digests(config.out) == digests(undisturbed)
+        seen = [(line["seen"], "loss" in line) for line in metrics(config.out)]
+        assert len(seen) == len(set(seen)) == 10
+
+
+def test_a_finished_run_makes_its_model_again(drawn: Path, latent: Recipe, trained: Trained) -> None:
+    before = digests(drawn)
+    (drawn / "model.safetensors").unlink()
+    trained(latent(drawn))
+    assert digests(drawn) == before
+
+
+def test_moments_come_back_in_the_layout_of_their_weights(latent: Recipe, drawn: Path) -> None:
+    """Fused AdamW reads memory in order: a moment in another layout would move other weights."""
+    kernels = [p for p in make_task(latent(drawn), CPU).modules["unet"].parameters() if p.ndim == 4]
+    assert any(not p.is_contiguous() for p in kernels), "else the runs above prove nothing"
+
+
+def test_torn_metrics_are_dropped(config: TrainingConfig) -> None:
+    fit(config)
+    whole = metrics(config.out)
+    with (config.out / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"seen": 36}\n{"loss": 1.0}\n[]\n{"seen": "x"}\nnull}\n\xff\xfe}\n{"seen": 3, "lo')
+    fit(config)
+    assert metrics(config.out) == whole
+
+
+def test_a_changed_recipe_is_refused(recipe: Recipe, config: TrainingConfig) -> None:
+    fit(config)
+    before = digests(config.out)
+    optimizer = {"learning_rate": 0.1, "decay": "cosine"}
+    changed = recipe("autoencoder", config.out, seed=4, loop={"batch": 8}, optimizer=optimizer)
+    with pytest.raises(
+        InputError, match=r"loop.batch: 4 -> 8; optimizer.decay: .* -> 'cosine'; seed: 3 -> 4"
+    ):
+        fit(changed)
+    other = Line()
+    other.digest = "other pictures"
+    with pytest.raises(InputError, match="data_digest: 'line' -> 'other pictures'"):
+        fit(config, other)
+    assert digests(config.out) == before
+
+
+def test_what_may_change_while_a_run_is_under_way(recipe: Recipe, config: TrainingConfig) -> None:
+    fit(config)
+    longer = recipe(
+        "autoencoder", config.out, name="other", notices="credits",
+        loop={"images": 40, "log_images": 8, "save_images": 4, "preview_images": 8, "keep": 1},
+        optimizer={"learning_rate": 0.1, "decay": "constant"},
+    )  # fmt: skip
+    assert [line["seen"] for line in fit(longer)] == [40, 40]
+    assert [path.name for path in (config.out / "states").iterdir()] == ["000000000040"]
+
+
+def test_a_damaged_newest_state_is_passed_over(config: TrainingConfig) -> None:
+    fit(config)
+    before = digests(config.out)
+    (config.out / "states" / "000000000032" / "state.json").write_text("{")
+    lines = fit(config)
+    assert "000000000032 is damaged and passed over" in lines[0]["warning"]
+    assert [line.get("seen") for line in lines] == [None, 28, 32, 32]
+    assert digests(config.out) == before
+    for state in (config.out / "states").iterdir():
+        (state / "tensors.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"Delete .* to begin again"):
+        fit(config)
+
+
+def test_a_state_of_other_networks_is_refused(config: TrainingConfig) -> None:
+    fit(config)
+    task = Line()
+    task.net = nn.Linear(1, 2)
+    task.modules = {"net": task.net}
+    with pytest.raises(CheckpointError, match="at image 32 does not fit, 2 tensors differ: bias: shape"):
+        fit(config, task)
+
+
+def toml(config: TrainingConfig, path: Path) -> Path:
+    """The parts of an autoencoder recipe that differ from the defaults, as a file."""
+    values = json.loads(config.model_dump_json(exclude_none=True, exclude_unset=True))
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items() if not isinstance(value, dict)]
+    for table, entries in values.items():
+        if isinstance(entries, dict):
+            lines += [f"[{table}]", *(f"{key} = {json.dumps(value)}" for key, value in entries.items())]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_run_trains_by_a_file_and_holds_its_folder(
+    recipe: Recipe, first_stage: Path, tmp_path: Path, pictures: Path
+) -> None:
+    path = toml(recipe("autoencoder", tmp_path / "run"), tmp_path / "recipe.toml")
+    held: list[str] = []
+
+    def report(_: object) -> None:
+        with pytest.raises(ResourceError, match="is training in"), locked(tmp_path / "run"):
+            pass
+        held.append("yes")
+
+    assert run(path, report=report) == tmp_path / "run" / "model.safetensors"
+    assert len(held) == 10 and digests(tmp_path / "run") == digests(first_stage)
+    with pytest.raises(InputError, match=r"inside of data\.path"):
+        run(path, [f"out={pictures / 'runs'}"])
