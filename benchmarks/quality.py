@@ -29,6 +29,8 @@ from sfumato.training.sheets import save_sheet
 
 BATCH = 50
 PAIRS = 400_000  # pairs of training pictures whose distances are measured
+NEIGHBOURS = 2_000  # training pictures whose nearest neighbour is looked for
+SAME = 0.2  # below: one picture, stored twice
 
 
 def chosen(rows: Sequence[Row], count: int) -> list[Row]:
@@ -99,28 +101,44 @@ def chance(judge: Judge, wanted: Sequence[Facts], heads: Sequence[str] | None = 
     return sum(count / len(judge.values[head]) for head, count in counts.items()) / sum(counts.values())
 
 
-def nearest_distances(pictures: Tensor, training: Tensor) -> Tensor:
-    """Euclidean distance of each picture to the nearest training picture, both as `small`."""
+def nearest_distances(pictures: Tensor, training: Tensor, least: float = 0.0) -> Tensor:
+    """Euclidean distance of each picture (as `small`) to the nearest training picture beyond `least`."""
     best = torch.full((len(pictures),), float("inf"))
     for part in training.split(4096):
-        best = torch.minimum(best, torch.cdist(small(pictures), part.float() / 127.5 - 1).amin(dim=1))
+        distances = torch.cdist(pictures, as_small(part))
+        best = torch.minimum(best, distances.masked_fill(distances < least, float("inf")).amin(dim=1))
     return best
 
 
+def as_small(stored: Tensor) -> Tensor:
+    return stored.float() / 127.5 - 1
+
+
 def memorisation(pictures: Tensor, real: Tensor, training: Tensor) -> dict[str, float]:
-    """(d) share nearer to a training picture than the 1st percentile of their own distances."""
+    """(d) share nearer to a training picture than the 1st percentile of the training pictures' own distances.
+
+    Those distances are taken twice: from a training picture to the nearest other one, which a copy undercuts,
+    and between any two, which most unseen combinations of the same parts undercut as well.
+    """
     generator = torch.Generator().manual_seed(0)
     first, second = torch.randint(len(training), (2, PAIRS), generator=generator)
-    distances = torch.cat([
-        (training[a].float() - training[b].float()).square().sum(dim=1).sqrt() / 127.5
-        for a, b in zip(first.split(4096), second.split(4096), strict=True)
-    ])  # fmt: skip
-    limit = float(torch.quantile(distances[distances > 0], 0.01))
-    return {
-        "limit": limit,
-        "samples_nearer": float((nearest_distances(pictures, training) < limit).float().mean()),
-        "real_held_out_nearer": float((nearest_distances(real, training) < limit).float().mean()),
-    }
+    pairs = torch.cat(
+        [
+            (as_small(training[a]) - as_small(training[b])).square().sum(dim=1).sqrt()
+            for a, b in zip(first.split(4096), second.split(4096), strict=True)
+        ]
+    )
+    neighbours = nearest_distances(as_small(training[first[:NEIGHBOURS]]), training, SAME)
+    drawn, held_out = (nearest_distances(small(group), training) for group in (pictures, real))
+    found = {}
+    for name, distances in (("neighbours", neighbours), ("pairs", pairs[pairs >= SAME])):
+        limit = float(torch.quantile(distances, 0.01))
+        found |= {
+            f"{name}_limit": limit,
+            f"samples_below_{name}": float((drawn < limit).float().mean()),
+            f"real_held_out_below_{name}": float((held_out < limit).float().mean()),
+        }
+    return found
 
 
 def score(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,14 @@ TEXT = {
 Recipe = Callable[..., TrainingConfig]
 
 
+def merged(tables: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The tables with other values, key by key; what is no table is replaced."""
+    values = dict(tables)
+    for key, value in changes.items():
+        values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
+    return values
+
+
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Ten pictures of 10x12 pixels, each two colours and a caption."""
@@ -64,9 +72,7 @@ def recipe(pictures: Path) -> Recipe:
         values["data"] = {**TABLES["data"], "path": pictures}
         if task == "autoencoder":
             values["first_stage"] = FIRST_STAGE
-        for key, value in changes.items():
-            values[key] = {**values.get(key, {}), **value} if isinstance(value, dict) else value
-        return TrainingConfig.model_validate(values)
+        return TrainingConfig.model_validate(merged(values, changes))
 
     return make
 
@@ -99,10 +105,8 @@ def latent(recipe: Recipe, first_stage: Path) -> Recipe:
             "autoencoder": first_stage / "model.safetensors", "prediction": "v", "vocabulary": 520,
             "prompts": ("a square",), "steps": 2,
         }  # fmt: skip
-        tables: dict[str, Any] = {"diffusion": diffusion, "unet": UNET, "text": TEXT}
-        for key, value in changes.items():
-            tables[key] = {**tables.get(key, {}), **value} if isinstance(value, dict) else value
-        return recipe("diffusion", out, **tables)
+        tables = {"diffusion": diffusion, "unet": UNET, "text": TEXT}
+        return recipe("diffusion", out, **merged(tables, changes))
 
     return make
 
@@ -112,6 +116,6 @@ def pixel(recipe: Recipe) -> Recipe:
     """A function of (out, differences) that gives a recipe for pictures without text."""
 
     def make(out: Path, **changes: Any) -> TrainingConfig:
-        return recipe("diffusion", out, **{"diffusion": {"steps": 2}, "unet": PIXEL_UNET, **changes})
+        return recipe("diffusion", out, **merged({"diffusion": {"steps": 2}, "unet": PIXEL_UNET}, changes))
 
     return make

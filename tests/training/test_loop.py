@@ -54,11 +54,11 @@ class Line:
 
     def evaluate(self) -> dict[str, float]:
         assert not self.net.training and not torch.is_grad_enabled()
-        return {"held_out": float(self.net.weight)}
+        return {"held_out": self.net.weight.item()}
 
     def preview(self, path: Path) -> None:
         path.parent.mkdir(exist_ok=True)
-        path.write_text(str(float(self.net.weight)))
+        path.write_text(str(self.net.weight.item()))
 
     def finish(self, path: Path) -> None:
         path.write_text(str(self.net.state_dict()))
@@ -209,7 +209,7 @@ def test_each_loss_steps_the_parameters_of_its_optimizer_alone(recipe: Recipe, t
     fit(recipe("autoencoder", tmp_path / "run", loop=one_step, optimizer=rate), task)
     assert task.differentiated == [True]
     # Adam's first step is the learning rate times the gradient's sign: a falls by its loss, b rises by its.
-    assert float(task.a.weight) == pytest.approx(0.9) and float(task.b.weight) == pytest.approx(1.1)
+    assert task.a.weight.item() == pytest.approx(0.9) and task.b.weight.item() == pytest.approx(1.1)
     names = read_tensors(tmp_path / "run/states/000000000004/tensors.safetensors")[0].keys()
     assert {"optimizer.first.0.exp_avg", "optimizer.second.0.exp_avg", "ema.b.weight"} <= names
 

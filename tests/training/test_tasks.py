@@ -296,7 +296,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "channels out": ({"unet": {"out_channels": 4}}, "4 channels, latents 2"),
     "grey pictures": ({"data": {"channels": 1}}, "data.channels is 1, the autoencoder's pictures have 3"),
     "an odd size": ({"data": {"size": 10}}, "cannot draw 10x10 pixels"),
-    "a sampler": ({"diffusion": {"sampler": "dpmp"}}, "there is no sampler 'dpmp'. Did you mean"),
+    "a sampler": ({"diffusion": {"sampler": "dpmp"}}, "there is no sampler 'dpmp'"),
     "too many steps": ({"diffusion": {"steps": 10**6}}, "steps"),
     "a vocabulary": ({"diffusion": {"vocabulary": 500}}, "vocab_size is 500"),
     "eps to the end": (
