@@ -108,5 +108,6 @@ def test_python_examples(clone: Path):
 
 
 def test_linked_files_exist():
-    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", README):
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", prose):
         assert (ROOT / target).exists(), target
