@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -362,3 +367,38 @@ def test_run_trains_by_a_file_and_holds_its_folder(
     assert len(held) == 10 and digests(tmp_path / "run") == digests(first_stage)
     with pytest.raises(InputError, match=r"inside of data\.path"):
         run(path, [f"out={pictures / 'runs'}"])
+
+
+CHILD = """
+import sys, time, torch
+from pathlib import Path
+import sfumato.training.state as state
+from sfumato.training.run import run
+torch.set_num_threads(int(sys.argv[2]))
+digest = state.sha256
+state.sha256 = lambda path: (time.sleep(0.3), digest(path))[1]  # a disk so slow that the kill finds the save
+run(Path(sys.argv[1]), report=lambda _: time.sleep(0.02))
+"""
+
+
+@pytest.mark.slow
+def test_killed_for_real(recipe: Recipe, first_stage: Path, tmp_path: Path) -> None:
+    """kill -9 while training, then, once resumed, inside of a save; the next command ends like no other."""
+    path = toml(recipe("autoencoder", tmp_path / "run"), tmp_path / "recipe.toml")
+    states = tmp_path / "run" / "states"
+    source = str(Path(train.__code__.co_filename).parents[2])
+    command = [sys.executable, "-c", CHILD, str(path), str(torch.get_num_threads())]
+
+    def kill_when(ready: Callable[[], bool]) -> None:
+        child = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": source})
+        while not ready():
+            assert child.poll() is None, "the run ended before its kill"
+            time.sleep(0.001)
+        child.kill()
+        assert child.wait() == -signal.SIGKILL
+
+    kill_when((states / "000000000008").exists)
+    kill_when(lambda: any(states.glob(".000000000024.*.tmp")))
+    assert any(states.glob(".000000000024.*.tmp")) and not (states / "000000000024").exists()
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": source}, check=True)
+    assert digests(tmp_path / "run") == digests(first_stage)
