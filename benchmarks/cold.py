@@ -13,9 +13,8 @@ import statistics
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
 
 CASES = {  # name -> (arguments after the interpreter, bar in seconds)
     "import sfumato": (["-c", "import sfumato"], 0.1),
@@ -47,7 +46,7 @@ def main() -> None:
     options = parser.parse_args()
     results: dict[str, object] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
+        "torch": version("torch"),
         "load_before": os.getloadavg()[0],
     }
     with tempfile.TemporaryDirectory() as folder:

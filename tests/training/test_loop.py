@@ -269,6 +269,15 @@ def test_going_on_is_the_same_as_never_having_stopped(
         assert len(seen) == len(set(seen)) == 10
 
 
+def test_the_number_of_workers_changes_nothing(
+    recipe: Recipe, first_stage: Path, trained: Trained, tmp_path: Path
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(recipe("autoencoder", tmp_path / "run", data={"workers": 0}), stop_at(20))
+    model = trained(recipe("autoencoder", tmp_path / "run", data={"workers": 5}))
+    assert model.read_bytes() == (first_stage / "model.safetensors").read_bytes()
+
+
 def test_a_finished_run_makes_its_model_again(drawn: Path, latent: Recipe, trained: Trained) -> None:
     before = digests(drawn)
     (drawn / "model.safetensors").unlink()

@@ -17,6 +17,7 @@ from sfumato.checkpoints.files import disk_errors, read_tensors, sha256, sync, w
 from sfumato.errors import CheckpointError, InputError, NumericalError
 
 TENSORS, INDEX = "tensors.safetensors", "state.json"
+WITHOUT_EFFECT = {"data.workers"}  # keys of a recipe that change nothing but the speed
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 def _same_recipe(old: Mapping[str, Any], new: Mapping[str, Any], folder: Path) -> None:
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    keys = (old.keys() | new.keys()) - WITHOUT_EFFECT
+    changed = sorted(key for key in keys if old.get(key) != new.get(key))
     if changed:
         raise InputError(
             f"{folder} was trained with another recipe: "
