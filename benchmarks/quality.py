@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -233,9 +232,13 @@ def main() -> None:
     model = sfumato.load(options.model)
     results = score(model, options.data, load_judge(options.judge), options.count, options.sheets)
     results["run"] = {
-        "model": model.name, "sha256": model.digest, "defaults": dict(model.defaults),
-        "seconds": round(time.perf_counter() - started), "torch": torch.__version__, "command": sys.argv[1:],
-    }  # fmt: skip
+        "model": model.name,
+        "sha256": model.digest,
+        "defaults": dict(model.defaults),
+        "count": options.count,
+        "seconds": round(time.perf_counter() - started),
+        "torch": torch.__version__,
+    }
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

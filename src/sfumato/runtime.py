@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -90,3 +91,10 @@ def training_attention(device: torch.device) -> AbstractContextManager[Any]:
     Measured on 64 tokens in bfloat16, 2 cores: 85 images/s against 72 for a whole training step.
     """
     return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+
+
+def channels_last(module: nn.Module) -> None:
+    """Lay out every kernel (out, in, h, w) of a module with its channels last, in place."""
+    for parameter in module.parameters():
+        if parameter.ndim == 4:
+            parameter.data = parameter.data.to(memory_format=torch.channels_last)

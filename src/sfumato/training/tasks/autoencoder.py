@@ -17,9 +17,9 @@ from sfumato.checkpoints.save import save_file
 from sfumato.errors import InputError
 from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGaussian
 from sfumato.presets import ModelConfig
+from sfumato.runtime import channels_last
 from sfumato.training.config import LoopConfig, TrainingConfig
 from sfumato.training.data import Dataset, Position, batches, positions, to_tensor
-from sfumato.training.layout import channels_last
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
 

@@ -24,12 +24,11 @@ from sfumato.nn.clip import CLIPTextEncoder
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.presets import ModelConfig
 from sfumato.request import Request
-from sfumato.runtime import training_attention
+from sfumato.runtime import channels_last, training_attention
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.config import TrainingConfig
 from sfumato.training.data import Dataset, Position, positions
 from sfumato.training.latents import Batch, CachedLatents, Pixels, Progress, Source
-from sfumato.training.layout import channels_last
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
 
