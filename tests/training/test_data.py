@@ -291,7 +291,7 @@ def illustrations(tmp_path: Path) -> Path:
         {
             "id": name, "captions": [f"a {name}", "something"], "split": split, "kind": kind,
             "background": [255, 0, 0], "layers": [{"picture": "blue", "box": [0, 0, 0.5, 1]}],
-            "attributes": {},
+            "attributes": {"style": "flat"} if name == "dog" else {},
         }
         for name, split, kind in [
             ("cat", "train", "drawing"), ("dog", "train", "drawing"), ("park", "train", "scene"),
@@ -310,6 +310,9 @@ def test_repeats_set_how_often_an_epoch_shows_a_kind(illustrations: Path) -> Non
     assert Counter(without.order) == {0: 1, 1: 1} and len(without) == 2
     assert len({data.digest, without.digest}) == 2
     assert len(open_dataset(illustrations, (4, 4), 3, "test", {"drawing": 3})) == 1
+    fewer = open_dataset(illustrations, (4, 4), 3, "train", {"drawing": 3, "drawing/flat": 0})
+    assert Counter(fewer.order) == {0: 3, 1: 1}
+    assert [fewer.captions(index)[0] for index in (0, 1)] == ["a cat", "a park"]
 
 
 def test_an_illustration_of_another_shape(illustrations: Path) -> None:

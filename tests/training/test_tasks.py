@@ -339,7 +339,7 @@ def test_files_of_other_runs_are_refused(recipe: Recipe, latent: Recipe, pixel: 
     unconditional = trained(pixel(tmp_path / "pixels", loop=SHORT))
     with pytest.raises(CheckpointError, match="'model' has no autoencoder, only unet"):
         make_task(latent(tmp_path / "b", diffusion={"autoencoder": unconditional}), CPU)
-    with pytest.raises(InputError, match="has another tokenizer than this data gives"):
+    with pytest.raises(CheckpointError, match="'model' has no text, only unet"):
         make_task(latent(tmp_path / "c", diffusion={"start_from": unconditional}), CPU)
     with pytest.raises(CheckpointError, match="'model' has no unet, only autoencoder"):
         make_task(pixel(tmp_path / "d", diffusion=start), CPU)

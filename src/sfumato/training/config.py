@@ -33,7 +33,7 @@ class DataConfig(Section):
     channels: Literal[1, 3] = 3
     repeats: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict,
-        description="how often an epoch shows each kind of row of an illustration set; else 1",
+        description='how often an epoch shows each "kind" or "kind/style" of row of an illustration set; else 1',
     )
     workers: int = Field(default=2, ge=0, le=64, description="threads that decode pictures ahead")
 
@@ -104,7 +104,7 @@ class DiffusionTaskConfig(Section):
         default=None, description="model.safetensors of an autoencoder run; none = pixel space"
     )
     start_from: Path | None = Field(
-        default=None, description="model.safetensors whose U-Net and text encoder to begin with"
+        default=None, description="model.safetensors whose U-Net, text encoder and tokenizer to begin with"
     )
     prompts: tuple[str, ...] = Field(default=(), description="prompts of the preview sheets")
     guidance: float = Field(default=3.0, ge=0, description="default guidance of the finished model")

@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from sfumato.data.pictures import Pictures, Split
+from sfumato.data.pictures import Pictures, Row, Split
 from sfumato.errors import DataError, InputError, nearest
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
@@ -192,17 +192,16 @@ class Illustrations:
         self, root: Path, size: tuple[int, int], channels: int, split: Split, repeats: Mapping[str, int]
     ) -> None:
         self.pictures = Pictures(root)
-        kinds = {row["kind"] for row in self.pictures.rows()}
+        kinds = {kind for row in self.pictures.rows() for kind in _kinds(row)}
         for kind in repeats.keys() - kinds:
             raise InputError(f"data.repeats names {kind!r}, a kind that {root} lacks", nearest(kind, kinds))
-        self.rows = [row for row in self.pictures.rows(split) if repeats.get(row["kind"], 1)]
+        times = [(row, _times(row, repeats)) for row in self.pictures.rows(split)]
+        self.rows = [row for row, shown in times if shown]
         if not self.rows:
             raise DataError(
                 f"{root} has no {split} rows with repeats {dict(repeats)}", "Build the set again."
             )
-        self.order = [
-            index for index, row in enumerate(self.rows) for _ in range(repeats.get(row["kind"], 1))
-        ]
+        self.order = [index for index, row in enumerate(self.rows) for _ in range(_times(row, repeats))]
         self.size = size
         self.mode = "L" if channels == 1 else "RGB"
         content = json.dumps([self.rows, sorted(repeats.items())], sort_keys=True).encode()
@@ -220,13 +219,24 @@ class Illustrations:
         return self.rows[index]["captions"]
 
 
+def _kinds(row: Row) -> list[str]:
+    """What `repeats` may call a row: "drawing/fluent", "drawing"."""
+    style = row["attributes"].get("style")
+    return [row["kind"]] if style is None else [f"{row['kind']}/{style}", row["kind"]]
+
+
+def _times(row: Row, repeats: Mapping[str, int]) -> int:
+    """How often an epoch shows a row: the most particular of its names counts."""
+    return next((repeats[kind] for kind in _kinds(row) if kind in repeats), 1)
+
+
 def open_dataset(
     root: Path, size: tuple[int, int], channels: int, split: Split, repeats: Mapping[str, int] | None = None
 ) -> Dataset:
     """The "train" or "test" split of a folder of pictures or of a built illustration set.
 
-    repeats: how often one epoch shows each kind of row of an illustration set, 1 where it says nothing, 0 for
-    never. Raises `DataError` for pictures that cannot be used, `InputError` for repeats of what is not there.
+    repeats: how often one epoch shows each kind ("drawing") or kind and style ("drawing/fluent") of row of an
+    illustration set, 1 where it says nothing, 0 for never. Raises `DataError` for pictures that cannot be used, `InputError` for repeats of what is not there.
     """
     if not root.is_dir():
         raise DataError(

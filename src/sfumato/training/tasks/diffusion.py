@@ -55,7 +55,9 @@ class DiffusionTask:
         self.config, self.device = config, device
         self.dataset, self.held_out = dataset, held_out
         unet_config = _checked(config)
-        self.tokenizer = self._tokenizer()
+        path = config.diffusion.start_from
+        start = None if path is None else load_file(path, torch.float32)
+        self.tokenizer = self._tokenizer(start)
         self.text = self._text_encoder()
         self.unet = UNet(unet_config)
         self.modules: dict[str, nn.Module] = {"unet": self.unet}
@@ -67,8 +69,9 @@ class DiffusionTask:
             channels_last(self.unet)
         self.unet.gradient_checkpointing = config.loop.gradient_checkpointing
         self.forward = torch.compile(self.unet) if config.loop.compile else self.unet
-        if config.diffusion.start_from is not None:
-            self._start_from(config.diffusion.start_from)
+        if start is not None:
+            for part, module in self.modules.items():
+                copy_into(module, start.module(part).state_dict(), f"{path} does not fit [{part}]")
 
         # First stage: frozen. Its latents are made last, for that takes minutes.
         path = config.diffusion.autoencoder
@@ -155,11 +158,17 @@ class DiffusionTask:
         target = self.prediction.target(clean, noise, alpha, sigma)
         return F.mse_loss(raw.float(), target, reduction="none").flatten(1).mean(dim=1)
 
-    def _tokenizer(self) -> Tokenizer | None:
-        """CLIP's, or one learned from the captions; None without a [text] table."""
+    def _tokenizer(self, start: ModelFile | None) -> Tokenizer | None:
+        """That of the model to start from, CLIP's, or one learned from the captions; None without [text]."""
         text, vocabulary = self.config.text, self.config.diffusion.vocabulary
-        if text is None or vocabulary == "clip":
-            return None if text is None else Tokenizer.clip()
+        if text is None:
+            return None
+        if start is not None:
+            start.module("text")  # a model without one cannot be started from
+            assert start.config.tokenizer is not None
+            return Tokenizer.from_json(start.config.tokenizer)
+        if vocabulary == "clip":
+            return Tokenizer.clip()
         return Tokenizer.train(self._captions(), vocabulary, text.max_position_embeddings)
 
     def _text_encoder(self) -> CLIPTextEncoder | None:
@@ -176,17 +185,6 @@ class DiffusionTask:
     def _tokens(self, captions: list[str]) -> Tensor:
         assert self.tokenizer is not None and self.config.text is not None
         return self.tokenizer.batch(captions, self.config.text.max_position_embeddings)[0]
-
-    def _start_from(self, path: Path) -> None:
-        """Begin with the U-Net and text transformer of a finished model of the same shape and tokens."""
-        file = load_file(path, torch.float32)
-        if file.config.tokenizer != (self.tokenizer and self.tokenizer.to_json()):
-            raise InputError(
-                f"{path} has another tokenizer than this data gives",
-                "Use the same pictures, or train afresh.",
-            )
-        for part, module in self.modules.items():
-            copy_into(module, file.module(part).state_dict(), f"{path} does not fit [{part}]")
 
     def _model(self, first_stage: ModelFile | None) -> StableDiffusion:
         """What is trained, as a model that draws; checks what would else fail at the first preview."""
