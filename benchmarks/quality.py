@@ -1,6 +1,8 @@
-"""Scores of the embedded model against its recipe's held-out pictures; prints them and writes them as JSON.
+r"""Scores of the embedded model against its recipe's held-out pictures; prints them and writes them as JSON.
 
-Run: python benchmarks/quality.py --data data/illustrations --judge runs/attributes.safetensors
+Run: python benchmarks/quality.py --judge runs/attributes.safetensors \
+         --recipe configs/illustrations-finish.toml
+The recipe says where the pictures lie and, by its repeats, which of them belong to the model's domain.
 Default settings, seed i for prompt i, no picking. Beside each figure stand chance, the
 judge's accuracy on real pictures and the autoencoder's own round trip of those.
 """
@@ -24,6 +26,8 @@ import sfumato
 from attributes import Facts, Judge, facts, load_judge, picture
 from sfumato.data.pictures import Pictures, Row
 from sfumato.generation import draw
+from sfumato.training.config import DataConfig, read_config
+from sfumato.training.data import Illustrations
 from sfumato.training.sheets import save_sheet
 
 BATCH = 50
@@ -141,10 +145,13 @@ def memorisation(pictures: Tensor, real: Tensor, training: Tensor) -> dict[str, 
 
 
 def score(
-    model: sfumato.StableDiffusion, data: Path, judge: Judge, count: int, sheets: Path | None
+    model: sfumato.StableDiffusion, domain: DataConfig, judge: Judge, count: int, sheets: Path | None
 ) -> dict[str, Any]:
-    pictures = Pictures(data)
-    train, test = pictures.rows("train"), pictures.rows("test")
+    pictures = Pictures(domain.path)
+    train, test = (
+        Illustrations(domain.path, domain.shape, domain.channels, split, domain.repeats).rows
+        for split in ("train", "test")
+    )
 
     def real(rows: Sequence[Row]) -> Tensor:
         return torch.stack([picture(pictures, row) for row in rows])
@@ -177,8 +184,7 @@ def score(
     show(sheets, "a-seen-drawings", samples)
 
     # (b) styles in which training never showed the object
-    rows = [row for row in test if row["kind"] == "drawing" and row["attributes"]["background"] == "white"]
-    rows = chosen(rows, count)
+    rows = chosen([row for row in test if row["kind"] == "drawing"], count)
     samples, originals, wanted = drawn(model, rows), real(rows), [facts(row) for row in rows]
     report("b_held_out_drawings", {
         "right": accuracy(judge, samples, wanted, ["object"]), "prompts": len(rows), "bar": 0.3,
@@ -221,7 +227,8 @@ def show(folder: Path | None, name: str, pictures: Tensor) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--recipe", type=Path, required=True)
+    parser.add_argument("--data", type=Path, help="where the pictures lie, if not where the recipe says")
     parser.add_argument("--judge", type=Path, required=True, help="what attributes.py wrote")
     parser.add_argument("--model", type=Path, help="a model file; the embedded model without it")
     parser.add_argument("--count", type=int, default=200, help="prompts of each kind")
@@ -230,7 +237,8 @@ def main() -> None:
     options = parser.parse_args()
     started = time.perf_counter()
     model = sfumato.load(options.model)
-    results = score(model, options.data, load_judge(options.judge), options.count, options.sheets)
+    domain = read_config(options.recipe, [] if options.data is None else [f"data.path={options.data}"]).data
+    results = score(model, domain, load_judge(options.judge), options.count, options.sheets)
     results["run"] = {
         "model": model.name,
         "sha256": model.digest,

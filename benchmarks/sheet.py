@@ -17,9 +17,9 @@ FOLDER = Path(__file__).parent.parent / "docs" / "pictures"
 PROMPTS = (
     "a red apple",
     "a noto drawing of a fox",
-    "a blob drawing of a cat",
+    "a noto drawing of a cat",
     "a twemoji drawing of a guitar",
-    "a flat drawing of a house",
+    "a twemoji drawing of a house",
     "a fluent drawing of a rocket",
     "a noto drawing of a pizza",
     "a fluent drawing of a panda",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,14 @@ from torch import nn
 from sfumato.checkpoints.save import save_file
 from sfumato.model import StableDiffusion
 from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL
+from sfumato.nn.bert import BERTConfig, BERTEmbedder
+from sfumato.nn.classes import ClassEmbedder, ClassEmbedderConfig
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.nn.vq import VQModel
 from sfumato.presets import ModelConfig
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.wordpiece import WordPiece
 
 CAPTIONS = ["a red apple", "a blue apple", "a fox in a snowy forest", "two green pears on a table"]
 CONTEXT = 8  # tokens
@@ -55,9 +60,16 @@ def networks(config: ModelConfig) -> dict[str, nn.Module]:
     assert config.unet is not None
     parts = {"unet": randomised(UNet(config.unet), 1)}
     if config.autoencoder is not None:
-        parts["autoencoder"] = randomised(AutoencoderKL(config.autoencoder), 2)
+        kind = AutoencoderKL if config.autoencoder.n_embed is None else VQModel
+        parts["autoencoder"] = randomised(kind(config.autoencoder), 2)
     if config.text is not None:
         parts["text"] = randomised(CLIPTextEncoder(config.text), 3)
+    if config.text2 is not None:
+        parts["text2"] = randomised(CLIPTextEncoder(config.text2), 4)
+    if config.bert is not None:
+        parts["bert"] = randomised(BERTEmbedder(config.bert), 5)
+    if config.classes is not None:
+        parts["classes"] = randomised(ClassEmbedder(config.classes), 6)
     return parts
 
 
@@ -65,6 +77,61 @@ def networks(config: ModelConfig) -> dict[str, nn.Module]:
 def tiny_model() -> StableDiffusion:
     """A latent text-to-image model of 16x16 pictures: f = 2, two latent channels, eight tokens."""
     config = tiny_config()
+    return StableDiffusion(config, networks(config))
+
+
+def tiny_xl_config() -> ModelConfig:
+    """The same with SDXL's two text encoders, of three layers each, and its vector."""
+    config = tiny_config()
+    assert config.unet is not None and config.text is not None
+    text = replace(config.text, num_hidden_layers=3)
+    return replace(
+        config,
+        name="tiny-xl",
+        unet=replace(config.unet, context_dim=40, num_classes="sequential", adm_in_channels=12 + 6 * 256),
+        text=text,
+        text2=replace(text, hidden_size=24, hidden_act="gelu", projection_dim=12, pad_token_id=0),
+        clip_skip=2,
+        text_normed=False,
+        zeros_for_empty=True,
+    )
+
+
+@pytest.fixture
+def tiny_xl_model() -> StableDiffusion:
+    """A model with SDXL's conditions: two text encoders side by side, a pooled vector and sizes."""
+    config = tiny_xl_config()
+    return StableDiffusion(config, networks(config))
+
+
+@pytest.fixture
+def tiny_bert_model() -> StableDiffusion:
+    """A model with the text transformer of LDM's 1.45 B model and a vocabulary of a few words."""
+    config = tiny_config()
+    marks = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    config = replace(
+        config,
+        name="tiny-bert",
+        text=None,
+        bert=BERTConfig(n_embed=16, n_layer=1, vocab_size=40, max_seq_len=CONTEXT, heads=2, dim_head=8),
+        tokenizer=WordPiece([*marks, *dict.fromkeys(" ".join(CAPTIONS).split())]).to_json(),
+    )
+    return StableDiffusion(config, networks(config))
+
+
+@pytest.fixture
+def tiny_class_model() -> StableDiffusion:
+    """A model of four numbered classes, the last of which is none, with a codebook in its autoencoder."""
+    config = tiny_config()
+    assert config.autoencoder is not None
+    config = replace(
+        config,
+        name="tiny-classes",
+        text=None,
+        tokenizer=None,
+        classes=ClassEmbedderConfig(n_classes=4, embed_dim=16),
+        autoencoder=replace(config.autoencoder, double_z=False, n_embed=30),
+    )
     return StableDiffusion(config, networks(config))
 
 

@@ -44,7 +44,8 @@ def test_open_fields_are_the_models_then_the_general_ones(tiny_model: StableDiff
 
 def test_given_fields_stay(tiny_model: StableDiffusion) -> None:
     given = Request(prompt="x", steps=7, sampler="ddim", guidance=0, seed=5, width=32, height=8)
-    assert complete(tiny_model, given) == given.model_copy(update={"spacing": "leading"})
+    own = {"spacing": "leading", "clip_skip": 1, "zeros_for_empty": False}
+    assert complete(tiny_model, given) == given.model_copy(update=own)
 
 
 def test_the_models_spacing_belongs_to_its_sampler(tiny_model: StableDiffusion) -> None:
@@ -75,6 +76,24 @@ def test_asking_for_nothing_is_one_pass_per_step(tiny_model: StableDiffusion) ->
     calls = record_calls(tiny_model.unet)
     generate(tiny_model, Request(seed=0))
     assert calls == [1] * 4
+
+
+def test_the_text_encoders_layer_is_the_models_own(
+    tiny_model: StableDiffusion, pixel_model: StableDiffusion
+) -> None:
+    tiny_model.config = replace(tiny_model.config, clip_skip=2, zeros_for_empty=True)
+    request = complete(tiny_model, Request(prompt="x"))
+    assert (request.clip_skip, request.zeros_for_empty, request.crop_top) == (2, True, None)
+    given = complete(tiny_model, Request(prompt="x", clip_skip=1, zeros_for_empty=False))
+    assert (given.clip_skip, given.zeros_for_empty) == (1, False)
+    assert complete(pixel_model, Request()).clip_skip is None
+
+
+@pytest.mark.parametrize("name", ["clip_skip", "zeros_for_empty", "original_width", "crop_top"])
+def test_fields_that_the_model_does_not_read_are_refused(pixel_model: StableDiffusion, name: str) -> None:
+    request = Request.model_validate({name: 1})
+    with pytest.raises(InputError, match=f"{name} is (1|True); 'pixels' does not read it"):
+        complete(pixel_model, request)
 
 
 # The ways through the networks
@@ -314,6 +333,103 @@ def test_other_dimensions_give_arrays_with_a_preview(pixel_model: StableDiffusio
     assert volume.images[0].size == (16, 16)
     pair = generate(other_model(pixel_model, (8, 8), in_channels=2, out_channels=2), Request(seed=0))
     assert pair.samples.shape == (1, 2, 8, 8) and not pair.are_pictures
+
+
+def test_a_layer_of_the_text_encoder(tiny_model: StableDiffusion) -> None:
+    asked = Request(prompt="a red apple", seed=0)
+    last = generate(tiny_model, asked)
+    assert last.parameters[0]["clip_skip"] == 1
+    assert torch.equal(generate(tiny_model, asked.model_copy(update={"clip_skip": 1})).samples, last.samples)
+    with pytest.raises(InputError, match=r"clip_skip is 2; this text encoder allows 1 .* to 1"):
+        generate(tiny_model, asked.model_copy(update={"clip_skip": 2}))
+
+
+def test_an_absent_negative_prompt_as_zeros(tiny_model: StableDiffusion) -> None:
+    seen: list[Tensor] = []
+    tiny_model.unet.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(keywords["context"]), with_kwargs=True
+    )
+    asked = Request(prompt="a red apple", seed=0, zeros_for_empty=True)
+    zeros = generate(tiny_model, asked)
+    assert seen[0].shape == (2, 8, 16) and not seen[0][1].any() and seen[0][0].any()
+    assert zeros.parameters[0]["zeros_for_empty"] is True
+    empty = generate(tiny_model, asked.model_copy(update={"zeros_for_empty": False}))
+    assert not torch.allclose(zeros.samples, empty.samples, atol=1e-3)
+    seen.clear()
+    generate(tiny_model, asked.model_copy(update={"negative_prompt": "a fox"}))
+    fox = tiny_model.encode_prompt(["a fox"]).context
+    assert fox is not None and torch.allclose(seen[0][1:], fox, atol=1e-6)
+
+
+def test_a_model_that_starts_from_a_picture_says_so(tiny_model: StableDiffusion) -> None:
+    assert tiny_model.config.unet is not None
+    unet = replace(tiny_model.config.unet, in_channels=5)  # a mask and a masked picture beside the sample
+    parts = {"unet": UNet(unet), "autoencoder": tiny_model.autoencoder, "text": tiny_model.text_encoder}
+    model = StableDiffusion(replace(tiny_model.config, unet=unet), parts)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'tiny' needs a picture to start from: 3 more channels") as caught:
+        generate(model, Request(prompt="a red apple", seed=0))
+    assert "Conditioning.concat (b, 3, ...)" in caught.value.hint
+
+
+def test_two_text_encoders_and_sizes(tiny_xl_model: StableDiffusion) -> None:
+    seen: list[Tensor] = []
+    tiny_xl_model.unet.register_forward_pre_hook(
+        lambda module, arguments, keywords: seen.append(keywords["vector"]), with_kwargs=True
+    )
+    asked = Request(prompt="a red apple", seed=0, width=32, height=16, steps=2)
+    drawn = generate(tiny_xl_model, asked)
+    own = {
+        name: drawn.parameters[0][name]
+        for name in ("clip_skip", "zeros_for_empty", "original_width", "crop_top")
+    }
+    assert own == {"clip_skip": 2, "zeros_for_empty": True, "original_width": 32, "crop_top": 0}
+    prompt = tiny_xl_model.encode_prompt(["a red apple"], size=(16, 32)).vector
+    empty = tiny_xl_model.uncondition(1, size=(16, 32)).vector
+    assert prompt is not None and empty is not None
+    assert torch.allclose(seen[0], torch.cat([prompt, empty]), atol=1e-6)
+    changed = asked.model_copy(update={"original_width": 8, "crop_top": 5})
+    assert not torch.allclose(generate(tiny_xl_model, changed).samples, drawn.samples, atol=1e-4)
+    told = tiny_xl_model.encode_prompt(["a red apple"], size=(16, 32), original=(16, 8), crop=(5, 0)).vector
+    assert told is not None and torch.allclose(seen[2][:1], told, atol=1e-6)
+    assert generate(tiny_xl_model, Request(seed=0, steps=2)).samples.isfinite().all()
+    single = generate(tiny_xl_model, asked.model_copy(update={"deterministic": True}))
+    assert torch.allclose(single.samples, drawn.samples, atol=1e-4)
+
+
+def test_prompts_in_wordpieces(tiny_bert_model: StableDiffusion) -> None:
+    drawn = [generate(tiny_bert_model, Request(prompt=text, seed=0)) for text in ("a red apple", "a fox")]
+    assert not torch.allclose(drawn[0].samples, drawn[1].samples, atol=1e-4)
+    assert drawn[0].parameters[0]["clip_skip"] is None
+    long = generate(tiny_bert_model, Request(prompt="a fox in a snowy forest two green pears", seed=0))
+    assert "two green pears" in long.warnings[0]
+
+
+def test_classes_in_the_context(tiny_class_model: StableDiffusion) -> None:
+    def draw_label(label: int | None, guidance: float = 3) -> Tensor:
+        return generate(tiny_class_model, Request(label=label, guidance=guidance, seed=0)).samples
+
+    assert not torch.allclose(draw_label(0), draw_label(1), atol=1e-4)
+    assert not torch.allclose(draw_label(0), draw_label(0, guidance=1), atol=1e-4)
+    free = draw_label(None)
+    assert torch.allclose(free, draw_label(0, guidance=0), atol=1e-5)
+    assert torch.allclose(free, draw_label(3, guidance=1), atol=1e-5)  # the last row is no class
+    with pytest.raises(InputError, match="the label is 4; 'tiny-classes' has labels: 0 to 3"):
+        draw_label(4)
+    with pytest.raises(InputError, match="no text encoder"):
+        generate(tiny_class_model, Request(prompt="a fox"))
+
+
+def test_a_table_without_a_row_for_no_class(tiny_class_model: StableDiffusion) -> None:
+    table = tiny_class_model.classes
+    assert table is not None
+    config = replace(tiny_class_model.config, classes=replace(table.config, unconditional=False))
+    parts = {"unet": tiny_class_model.unet, "autoencoder": tiny_class_model.autoencoder, "classes": table}
+    model = StableDiffusion(config, parts)  # type: ignore[arg-type]
+    assert generate(model, Request(label=3, guidance=1, seed=0)).samples.isfinite().all()
+    with pytest.raises(InputError, match="guidance is 1"):
+        generate(model, Request(label=3, guidance=2))
+    with pytest.raises(InputError, match="one of 4 classes"):
+        generate(model, Request())
 
 
 def test_labels(pixel_model: StableDiffusion) -> None:

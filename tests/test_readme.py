@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from sfumato import cli
+from sfumato.checkpoints.convert import convert
+from sfumato.checkpoints.load import open_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -88,15 +90,30 @@ def test_training_commands(clone: Path, build: list[Path], capsys: pytest.Captur
     assert mentioned is not None
     run(mentioned[1], capsys)
     for command in commands():
-        if re.match("sfumato (train|data)|sfumato generate .* --model", command):
+        if re.match("sfumato (train|data)|sfumato generate .* --model runs/", command):
             run(command, capsys)
     assert build == [Path("data/illustrations")]
     assert (clone / "runs/folder/diffusion/model.safetensors").exists()
     assert (clone / "runs/illustrations/diffusion/model.safetensors").exists()
 
 
+def test_commands_on_released_checkpoints(
+    clone: Path, tiny_model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    shutil.copy(tiny_model_file, "v1-5-pruned-emaonly.safetensors")
+    convert(open_model(tiny_model_file).opened, clone / "hub")
+    monkeypatch.setattr("sfumato.checkpoints.open.download", lambda name, **options: clone / "hub")
+    ran = []
+    for command in commands():
+        if re.match(r"sfumato (inspect|convert)|sfumato generate .* --model (?!runs/)", command):
+            run(command, capsys)
+            ran.append(command.split()[1])
+    assert ran == ["generate", "generate", "inspect", "convert"]
+    assert len(list(clone.glob("a-lighthouse*.png"))) == 2 and (clone / "sd15" / "unet").is_dir()
+
+
 def test_no_command_is_forgotten():
-    known = re.compile(r"sfumato (generate|train|data) |python benchmarks/quality\.py --help")
+    known = re.compile(r"sfumato (generate|inspect|convert|train|data) |python benchmarks/quality\.py --help")
     assert [line for line in commands() if not INSTALL.fullmatch(line) and not known.match(line)] == []
 
 

@@ -39,6 +39,12 @@ class CheckpointError(SfumatoError):
     exit_status = 3
 
 
+class UnsafeCheckpointError(CheckpointError):
+    """A file of weights that asks for code to be run. Nothing of it was; other programs may run it."""
+
+    code = "unsafe"
+
+
 class DataError(SfumatoError):
     """Training pictures or captions that cannot be used."""
 

@@ -29,6 +29,7 @@ from sfumato.diffusion.samplers import SAMPLERS, Step, sampler
 from sfumato.diffusion.schedule import Schedule
 from sfumato.diffusion.spacing import spacing
 from sfumato.errors import InputError, NumericalError
+from sfumato.presets import ModelConfig, num_classes
 from sfumato.request import Request, input_error
 
 DEFAULTS: Mapping[str, Any] = {  # where neither the request nor the model says
@@ -54,14 +55,33 @@ class Model(Protocol):
     @property
     def image_size(self) -> tuple[int, ...]: ...
     @property
-    def unet(self) -> Any: ...
+    def config(self) -> ModelConfig: ...
     @property
     def schedule(self) -> Schedule: ...
 
     def latent_shape(self, height: int, width: int) -> tuple[int, ...]: ...
-    def encode_prompt(self, prompts: list[str]) -> Conditioning: ...
+    def encode_prompt(
+        self,
+        prompts: list[str],
+        clip_skip: int | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        original: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+    ) -> Conditioning: ...
     def prompt_cuts(self, prompts: list[str]) -> list[str]: ...
-    def uncondition(self, count: int) -> Conditioning: ...
+    def encode_label(self, labels: list[int]) -> Conditioning: ...
+    def uncondition(
+        self,
+        count: int,
+        clip_skip: int | None = None,
+        zeros: bool | None = None,
+        *,
+        size: tuple[int, int] | None = None,
+        original: tuple[int, int] | None = None,
+        crop: tuple[int, int] = (0, 0),
+    ) -> Conditioning: ...
+    def check_pictures(self, cond: Conditioning) -> None: ...
     def predictor(self) -> Predictor: ...
     def decode_latents(self, latents: Tensor) -> Tensor: ...
     def float32(self) -> Model: ...
@@ -127,8 +147,8 @@ def stream(model: Model, request: Request, notes: Notes | None = None) -> Iterat
 def draw(model: Model, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
     """Samples (n, c, ...), about -1..1, of many prompts in one batch, each with its seed, else by default."""
     request, notes = complete(model, Request(prompt="", num_images=len(prompts))), Notes()
-    rows = [_encoded(model, prompt, notes) for prompt in prompts]
-    negative = model.uncondition(1).repeat(len(prompts))
+    rows = [_encoded(model, request, prompt, notes) for prompt in prompts]
+    negative = _encoded(model, request, None, notes).repeat(len(prompts))
     *_, last = _steps(model, request, concatenate(rows), negative, seeds, notes)
     return _decoded(model, request, _latents(last), notes)
 
@@ -160,6 +180,10 @@ def complete(model: Model, request: Request) -> Request:
         **{name: value for name, value in model.defaults.items() if name != "spacing"},
     }
     values |= {name: value for name, value in choices.items() if values.get(name) is None}
+    for name, own in _text_choices(model, values).items():
+        if own is None and values[name] is not None:
+            raise InputError(f"{name} is {values[name]}; {model.name!r} does not read it", "Leave it out.")
+        values[name] = own if values[name] is None else values[name]
     if request.prompt is None and request.label is None and not request.negative_prompt:
         values["guidance"] = 1.0  # there is nothing to guide towards
     if request.spacing == "auto" and values["sampler"] in SAMPLERS:
@@ -171,6 +195,21 @@ def complete(model: Model, request: Request) -> Request:
         return Request(**values)
     except ValidationError as error:
         raise input_error(error) from error
+
+
+def _text_choices(model: Model, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's own value of every field that some text encoders read; None where its own does not."""
+    config = model.config
+    words = config.text is not None or config.bert is not None
+    sizes = config.text2 is not None
+    return {
+        "clip_skip": None if config.text is None else config.clip_skip,
+        "zeros_for_empty": config.zeros_for_empty if words else None,
+        "original_width": values["width"] if sizes else None,
+        "original_height": values["height"] if sizes else None,
+        "crop_left": 0 if sizes else None,
+        "crop_top": 0 if sizes else None,
+    }
 
 
 def _steps(
@@ -202,25 +241,19 @@ def _steps(
 
 def _conditions(model: Model, request: Request, notes: Notes) -> tuple[Conditioning, Conditioning]:
     """Positive and negative conditions, a row for each picture."""
-    labels = model.unet.config.num_classes
-    num_classes = labels if isinstance(labels, int) else None
-    positive = _encoded(model, request.prompt, notes)
-    negative = _encoded(model, request.negative_prompt or None, notes, "negative prompt")
+    positive = _encoded(model, request, request.prompt, notes)
+    negative = _encoded(model, request, request.negative_prompt or None, notes, "negative prompt")
+    model.check_pictures(positive)
     if request.negative_prompt and request.guidance == 1:
         notes.warnings.append("the negative prompt has no effect at guidance 1")
-    if request.label is None and num_classes is not None:
-        raise InputError(
-            f"{model.name!r} draws one of {num_classes} classes",
-            f"Give a label, 0 to {num_classes - 1}.",
-        )
+    count = num_classes(model.config)
+    free = model.config.classes is not None and model.config.classes.unconditional
+    if request.label is None and count is not None and not free:
+        raise InputError(f"{model.name!r} draws one of {count} classes", f"Give a label, 0 to {count - 1}.")
     if request.label is not None:
-        if num_classes is None or request.label >= num_classes:
-            most = "none" if num_classes is None else f"0 to {num_classes - 1}"
-            raise InputError(
-                f"the label is {request.label}; {model.name!r} has labels: {most}", "Change the label."
-            )
-        positive = replace(positive, vector=torch.tensor([request.label], device=model.device))
-        if negative.vector is None and request.guidance != 1:
+        drawn = model.encode_label([request.label])
+        positive = drawn if drawn.context is not None else replace(positive, vector=drawn.vector)
+        if not free and request.guidance != 1:
             raise InputError(
                 f"{model.name!r} was not trained without a class, so its guidance is 1",
                 "Use guidance 1 with it.",
@@ -228,11 +261,20 @@ def _conditions(model: Model, request: Request, notes: Notes) -> tuple[Condition
     return positive.repeat(request.num_images), negative.repeat(request.num_images)
 
 
-def _encoded(model: Model, prompt: str | None, notes: Notes, role: str = "prompt") -> Conditioning:
+def _encoded(
+    model: Model, request: Request, prompt: str | None, notes: Notes, role: str = "prompt"
+) -> Conditioning:
     """One row: a prompt, or nothing asked for. A model without text takes the empty prompt as nothing."""
+    skip, zeros = request.clip_skip, request.zeros_for_empty
+    assert request.height is not None and request.width is not None
+    size = (request.height, request.width)
+    original = (request.original_height or request.height, request.original_width or request.width)
+    crop = (request.crop_top or 0, request.crop_left or 0)
 
     def encode(model: Model) -> Conditioning:
-        return model.encode_prompt([prompt]) if prompt else model.uncondition(1)
+        if prompt:
+            return model.encode_prompt([prompt], skip, size=size, original=original, crop=crop)
+        return model.uncondition(1, skip, zeros, size=size, original=original, crop=crop)
 
     for cut in model.prompt_cuts([prompt] if prompt else []):
         if cut:

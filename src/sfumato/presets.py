@@ -16,10 +16,14 @@ from sfumato.diffusion.prediction import PREDICTIONS
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import CheckpointError, InputError, nearest
 from sfumato.nn.autoencoder import AutoencoderConfig
+from sfumato.nn.bert import BERTConfig
+from sfumato.nn.classes import ClassEmbedderConfig
 from sfumato.nn.clip import CLIPTextConfig
 from sfumato.nn.unet import UNetConfig
+from sfumato.text.encode import SIZES_WIDTH
 
 FORMAT_VERSION = 1
+PARTS = ("unet", "autoencoder", "text", "text2", "bert", "classes")
 MAX_NUMBER = 1_000_000  # in a file's description; no width, count or size of a real model comes near
 DEFAULTS = ("steps", "sampler", "spacing", "guidance", "eta", "variance", "width", "height")
 
@@ -41,6 +45,8 @@ def known_keys(kind: type) -> BeforeValidator:
 UNetTable = Annotated[UNetConfig, known_keys(UNetConfig)]
 AutoencoderTable = Annotated[AutoencoderConfig, known_keys(AutoencoderConfig)]
 TextTable = Annotated[CLIPTextConfig, known_keys(CLIPTextConfig)]
+BERTTable = Annotated[BERTConfig, known_keys(BERTConfig)]
+ClassesTable = Annotated[ClassEmbedderConfig, known_keys(ClassEmbedderConfig)]
 ScheduleTable = Annotated[ScheduleConfig, known_keys(ScheduleConfig)]
 
 
@@ -48,8 +54,12 @@ ScheduleTable = Annotated[ScheduleConfig, known_keys(ScheduleConfig)]
 class ModelConfig:
     """Everything about a model but its weights; a part that it lacks is None.
 
-    `tokenizer` is the tokenizer's own JSON; `image_size` the (height, width) in pixels it was trained at;
-    `defaults` are request fields it draws best with, `notices` credits and licences of what it learned from.
+    text2 is SDXL's second text encoder, bert that of LDM's 1.45 B model, classes a table of numbered classes;
+    at most one of text, bert and classes makes the U-Net's context. clip_skip: the layer of text and text2 to
+    read, from the end, 1 the last; text_normed: through their final norm; zeros_for_empty: an absent negative
+    prompt is all zeros. `tokenizer` is the tokenizer's own JSON; `image_size` the (height, width) in pixels
+    it was trained at; `defaults` are request fields it draws best with, `notices` credits and licences of
+    what it learned from.
     Raises InputError for an unknown prediction, a scale or size that is not positive, other request fields.
     """
 
@@ -64,6 +74,12 @@ class ModelConfig:
     image_size: tuple[int, ...] = (64, 64)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     notices: str = ""
+    text2: TextTable | None = None
+    bert: BERTTable | None = None
+    classes: ClassesTable | None = None
+    clip_skip: int = 1
+    text_normed: bool = True
+    zeros_for_empty: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -72,6 +88,8 @@ class ModelConfig:
             )
         if not 0 < self.latent_scale < math.inf:
             raise InputError(f"latent_scale is {self.latent_scale}; it must be positive")
+        if self.clip_skip < 1:
+            raise InputError(f"clip_skip is {self.clip_skip}; 1 is the last layer")
         if not 1 <= len(self.image_size) <= 3 or min(self.image_size) < 1:
             raise InputError(f"image_size is {self.image_size}; it needs one to three positive sides")
         for key in self.defaults:
@@ -104,6 +122,62 @@ class ModelConfig:
             raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
         except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
             raise _damaged(source, str(error)) from error
+
+
+def num_classes(config: ModelConfig) -> int | None:
+    """The classes that a model draws by number, None where it takes no number."""
+    if config.classes is not None:
+        return config.classes.n_classes
+    labels = config.unet and config.unet.num_classes
+    return labels if isinstance(labels, int) else None
+
+
+def context_width(config: ModelConfig) -> int | None:
+    """Width of the context that the model's text encoders or classes make; None where it has neither."""
+    if config.text is not None:
+        return config.text.hidden_size + (config.text2.hidden_size if config.text2 else 0)
+    if config.bert is not None:
+        return config.bert.n_embed
+    return None if config.classes is None else config.classes.embed_dim
+
+
+def check_parts(config: ModelConfig) -> None:
+    """`InputError` where the parts of a model that draws do not fit together."""
+    unet, autoencoder, text2 = config.unet, config.autoencoder, config.text2
+    assert unet is not None
+    if autoencoder and autoencoder.embed_dim != unet.out_channels:
+        raise InputError(
+            f"the U-Net has {unet.out_channels} channels, latents {autoencoder.embed_dim}",
+            "Set unet.out_channels to the autoencoder's embed_dim.",
+        )
+    if unet.in_channels < unet.out_channels:
+        raise InputError(
+            f"unet.in_channels is {unet.in_channels}, unet.out_channels {unet.out_channels}",
+            "The input holds the sample, and maybe more.",
+        )
+    sources = [name for name in ("text", "bert", "classes") if getattr(config, name) is not None]
+    if len(sources) > 1 or (text2 and sources != ["text"]):
+        raise InputError(
+            f"{config.name!r} has {' and '.join([*sources, *(['text2'] if text2 else [])])}",
+            "One of text, bert and classes makes the context; text2 stands beside text.",
+        )
+    if sources and unet.context_dim != context_width(config):
+        widths = " + ".join(_context_parts(config))
+        raise InputError(f"unet.context_dim is {unet.context_dim}, {widths}", "Make them equal.")
+    if text2 and unet.adm_in_channels != text2.pooled_size + SIZES_WIDTH:
+        raise InputError(
+            f"unet.adm_in_channels is {unet.adm_in_channels}; text2's pooled vector has {text2.pooled_size} "
+            f"numbers, the sizes {SIZES_WIDTH}",
+            "Make it their sum.",
+        )
+
+
+def _context_parts(config: ModelConfig) -> Iterator[str]:
+    """The context's widths with the fields that set them."""
+    widths = {"text": "hidden_size", "text2": "hidden_size", "bert": "n_embed", "classes": "embed_dim"}
+    for part, field_name in widths.items():
+        if (found := getattr(config, part)) is not None:
+            yield f"{part}.{field_name} {getattr(found, field_name)}"
 
 
 @cache

@@ -57,6 +57,15 @@ class Request(BaseModel):
     label: int | None = Field(
         default=None, ge=0, description="Class to draw, for a model trained on numbered classes."
     )
+    clip_skip: int | None = Field(
+        default=None,
+        ge=1,
+        description="Layer of the text encoder to read, from the end: 1 is the last, 2 the one before.",
+    )
+    zeros_for_empty: bool | None = Field(
+        default=None,
+        description="Take all zeros for an absent negative prompt, not the empty text's features.",
+    )
     steps: int | None = Field(default=None, ge=1, le=10_000, description="Number of sampling steps.")
     sampler: Annotated[str, AfterValidator(_known_sampler)] | None = Field(
         default=None, description="Sampler: ddpm, ddim, euler, euler_a, heun or dpmpp_2m."
@@ -88,6 +97,24 @@ class Request(BaseModel):
     )
     width: int | None = Field(default=None, ge=1, le=MAX_SIDE, description="Width in pixels.")
     height: int | None = Field(default=None, ge=1, le=MAX_SIDE, description="Height in pixels.")
+    original_width: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SIDE,
+        description="Width of the picture this one was made from, as SDXL is told; small ones draw blur.",
+    )
+    original_height: int | None = Field(
+        default=None, ge=1, le=MAX_SIDE, description="Height of the picture this one was made from."
+    )
+    crop_left: int | None = Field(
+        default=None,
+        ge=0,
+        le=MAX_SIDE,
+        description="Pixels cut off at the left, as SDXL is told; 0 for none.",
+    )
+    crop_top: int | None = Field(
+        default=None, ge=0, le=MAX_SIDE, description="Pixels cut off at the top, as SDXL is told; 0 for none."
+    )
     num_images: int = Field(default=1, ge=1, le=10_000, description="Number of pictures, drawn as one batch.")
     deterministic: bool = Field(
         default=False,

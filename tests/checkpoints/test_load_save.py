@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import sfumato
 from sfumato.checkpoints.files import read_tensors, write_tensors
-from sfumato.checkpoints.load import METADATA_KEY, PREFIXES, check_fit, copy_into, load_file
+from sfumato.checkpoints.load import METADATA_KEY, check_fit, copy_into, load_file
 from sfumato.checkpoints.save import save_file
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import CheckpointError, InputError, NumericalError
@@ -191,11 +191,11 @@ def with_tensors(source: Path, path: Path, changes: dict[str, Tensor | None]) ->
     ("changes", "message"),
     [
         ({UNET + FIRST: None}, f"{FIRST}: missing"),
-        ({UNET + "extra": torch.zeros(1)}, "1 tensors differ: extra: unexpected"),
+        ({UNET + "extra": torch.zeros(1)}, f"1 tensors beside its unet.* no rule accounts for: {UNET}extra"),
         ({UNET + FIRST: torch.zeros(1, 2)}, rf"{FIRST}: shape \(1, 2\) for \(16, 2, 3, 3\)"),
-        ({UNET + FIRST: torch.zeros(16, 2, 3, 3).long()}, f"{FIRST}: torch.int64 is not floating-point"),
-        ({"stray": torch.zeros(1)}, "no part of the model has: stray"),
-        ({name: torch.zeros(1) for name in NAMES}, "12 tensors differ: more.00: .* more.09: unexpected\n"),
+        ({UNET + FIRST: torch.zeros(16, 2, 3, 3).long()}, f"{FIRST}: .*is not floating-point"),
+        ({"stray": torch.zeros(1)}, "no rule accounts for: stray"),
+        ({name: torch.zeros(1) for name in NAMES}, r"12 tensors .*more\.00, .*more\.09\n"),
     ],
     ids=["missing", "unexpected", "shape", "integers", "stray", "first ten"],
 )
@@ -221,7 +221,7 @@ def test_a_module_is_left_alone_where_the_weights_do_not_fit() -> None:
 def test_a_file_that_describes_no_model(tmp_path: Path) -> None:
     path = tmp_path / "plain.safetensors"
     write_tensors(path, {"weight": torch.zeros(2)}, {})
-    with pytest.raises(CheckpointError, match="does not describe its model"):
+    with pytest.raises(CheckpointError, match="holds no network that is known here"):
         sfumato.load(path)
 
 
@@ -289,4 +289,3 @@ def test_no_text_for_a_description_gives_another_exception(text: str) -> None:
 
 def test_the_limit_is_far_from_real_models() -> None:
     assert max(49_408, 1280 * 10, 1000, 4096) * 10 < MAX_NUMBER
-    assert PREFIXES.keys() == {"unet", "autoencoder", "text"}

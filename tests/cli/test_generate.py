@@ -59,8 +59,8 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
     words = ["--prompt", "a fox", "--negative-prompt", "a red apple", "--steps", "3", "--sampler", "ddim",
              "--spacing", "uniform", "--eta", "0.5", "--guidance", "2", "--seed", "9", "--width", "8",
              "--height", "16", "--num-images", "2", "--deterministic", "--start-noise", "start.npy",
-             "--shared-start", "--grid", "-o", "out/fox.png", "--device", "cpu",
-             "--dtype", "float32"]  # fmt: skip
+             "--shared-start", "--clip-skip", "1", "--zeros-for-empty", "--grid", "-o", "out/fox.png",
+             "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     assert main(["generate", *words, "--model", str(tiny_model_file)]) == 0
     assert names(place / "out") == ["fox-0.png", "fox-1.png", "fox-grid.png"]
     values = read_parameters(place / "out" / "fox-1.png")
@@ -68,10 +68,17 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
         "prompt": "a fox", "negative_prompt": "a red apple", "steps": 3, "sampler": "ddim",
         "spacing": "uniform", "eta": 0.5, "guidance": 2.0, "seed": 10, "width": 8, "height": 16,
         "deterministic": True, "shared_start": True, "batch_index": 1, "batch_size": 2, "dtype": "float32",
+        "clip_skip": 1, "zeros_for_empty": True,
     }  # fmt: skip
     assert {name: values[name] for name in given} == given and len(values["start_noise_sha256"]) == 64
     flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
-    assert set(Request.model_fields) - flags == {"label", "variance"}
+    sizes = {"original_width", "original_height", "crop_left", "crop_top"}
+    assert set(Request.model_fields) - flags == {"label", "variance", *sizes}
+    for option in sizes:  # which only SDXL reads
+        assert (
+            main(["generate", "fox", f"--{option.replace('_', '-')}", "3", "--model", str(tiny_model_file)])
+            == 2
+        )
     with Image.open("out/fox-grid.png") as sheet:
         assert sheet.size == (16, 16)
 

@@ -32,7 +32,9 @@ def test_the_recipes_of_the_repository_are_right(path: Path) -> None:
 
 
 def test_there_are_recipes() -> None:
-    assert {"illustrations-autoencoder", "illustrations-diffusion"} <= {path.stem for path in CONFIGS}
+    assert {"illustrations-autoencoder", "illustrations-diffusion", "illustrations-finish"} <= {
+        path.stem for path in CONFIGS
+    }
 
 
 UNKNOWN = {

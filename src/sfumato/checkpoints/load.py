@@ -1,135 +1,193 @@
-"""From a model file to networks: built without memory, then given its tensors, every key accounted for."""
+"""From anything that holds a model to its networks, each of them loaded when it is first used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import hashlib
+import threading
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sfumato.checkpoints.files import read_tensors, sha256
+from sfumato.checkpoints.build import assign, build, check_fit, copy_into
+from sfumato.checkpoints.detect import explain_unknown
+from sfumato.checkpoints.detect_families import family_of
+from sfumato.checkpoints.files import sha256
+from sfumato.checkpoints.metadata import METADATA_KEY
+from sfumato.checkpoints.open import open_anything
+from sfumato.checkpoints.opened import Opened, Part
+from sfumato.checkpoints.probe import probe_prediction
+from sfumato.checkpoints.report import report
 from sfumato.errors import CheckpointError
-from sfumato.nn.autoencoder import AutoencoderKL
-from sfumato.nn.clip import CLIPTextEncoder
-from sfumato.nn.unet import UNet
+from sfumato.families import AUTOENCODERS
 from sfumato.presets import ModelConfig
-from sfumato.runtime import shapes_only
 
-METADATA_KEY = "sfumato"
-PREFIXES = {  # Stable Diffusion's own names, so that other tools find the parts
-    "unet": "model.diffusion_model.",
-    "autoencoder": "first_stage_model.",
-    "text": "cond_stage_model.transformer.",
-}
-NETWORKS = {"unet": UNet, "autoencoder": AutoencoderKL, "text": CLIPTextEncoder}
+__all__ = ["METADATA_KEY", "ModelFile", "check_fit", "copy_into", "load_file", "open_model"]
+
+DIGESTED = 256 << 20  # bytes of a file that is hashed without being asked: under a second of sha256
+
+
+class Modules(Mapping[str, nn.Module]):
+    """The networks of a model, each in evaluation mode, built and given its weights when first asked for.
+
+    Weights of the wanted number format stay where they lie in the mapped file; others are converted. Asking
+    raises `CheckpointError`, naming file and tensor, for weights that are not finite.
+    """
+
+    def __init__(self, opened: Opened, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        self._opened, self._dtype, self._device = opened, dtype, device
+        self._loaded: dict[str, nn.Module] = {}
+        self._lock = threading.RLock()
+        self._empty = {name: empty(name, part) for name, part in opened.parts.items() if _may_fail(opened)}
+
+    def __getitem__(self, part: str) -> nn.Module:
+        with self._lock:
+            if part not in self._loaded:
+                each = self._opened.parts[part]
+                module = self._empty.pop(part, None) or empty(part, each)
+                self._loaded[part] = load_part(module, each, self._dtype, self._device)
+            return self._loaded[part]
+
+    def __contains__(self, part: object) -> bool:
+        return part in self._opened.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._opened.parts)
+
+    def __len__(self) -> int:
+        return len(self._opened.parts)
+
+
+def _may_fail(opened: Opened) -> bool:
+    """Whether a network may turn out not to build, which is to be told at once.
+
+    Options that were read from shapes always build, and so do those of released models; what else a
+    description asks for may not.
+    """
+    described = METADATA_KEY in opened.metadata or opened.layout == "diffusers"
+    unet, autoencoder = opened.config.unet, opened.config.autoencoder
+    released = (unet is None or family_of(unet) is not None) and (
+        autoencoder is None or autoencoder in AUTOENCODERS.values()
+    )
+    return described and not released
 
 
 @dataclass(frozen=True)
 class ModelFile:
-    """What a model file holds: its configuration, its networks in evaluation mode, its sha256."""
+    """A model that can be used: its configuration, its networks, and what is known of where it came from."""
 
     config: ModelConfig
     modules: Mapping[str, nn.Module]
-    digest: str
+    opened: Opened
+
+    @cached_property
+    def digest(self) -> str | None:
+        """Hex sha256 of the model's file; None where there are several, or more than 256 MB to hash."""
+        files = self.opened.files
+        small = len(files) == 1 and files[0].stat().st_size <= DIGESTED
+        return self.identity if small else None
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex sha256 of the model's file, or of the sums of its files; reads them all, three seconds a GB."""
+        sums = [sha256(file) for file in self.opened.files]
+        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """What `sfumato inspect` tells of it, as JSON values."""
+        return report(self.opened)
 
     def module(self, part: str) -> nn.Module:
         """One of the networks; `CheckpointError` where the model lacks it."""
         if part not in self.modules:
             raise CheckpointError(
                 f"the model {self.config.name!r} has no {part}, only {', '.join(self.modules)}",
-                "Give the file of another run.",
+                "Give another model.",
             )
         return self.modules[part]
 
 
+def open_model(
+    source: str | Path,
+    *,
+    vae: str | Path | None = None,
+    prediction: str | None = None,
+    ema: bool = False,
+    offline: bool = False,
+    revision: str | None = None,
+    variant: str | None = None,
+    vocab: str | Path | None = None,
+    mmap: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+) -> ModelFile:
+    """A model from a file of any format, a diffusers folder, a component alone, or a name on the hub.
+
+    Names and shapes of all tensors are checked now, their values when a network is first asked for. dtype
+    and device: what the networks are converted and moved to, None for what the file has. mmap: whether
+    weights stay in the mapped file; one that is cut off while it is mapped ends the process, so that servers
+    copy (False). The other options are those of `sfumato.load`. Raises `CheckpointError`.
+    """
+    described = partial(
+        open_anything, source, vae=vae, ema=ema, offline=offline, revision=revision, variant=variant,
+        vocab=vocab, mmap=mmap,
+    )  # fmt: skip
+    opened = described(prediction=prediction)
+    check_parts(opened)
+    modules = Modules(opened, dtype, device)
+    if opened.uncertain:
+        found, evidence = probe_prediction(modules["unet"])
+        # What goes with the answer, such as the size of pictures, is described anew.
+        opened = dataclasses.replace(described(prediction=found), evidence=evidence, uncertain=False)
+    return ModelFile(opened.config, modules, opened)
+
+
 def load_file(path: Path, dtype: torch.dtype | None = None) -> ModelFile:
-    """Read a model that this package wrote. `dtype` None keeps the file's own.
-
-    Raises `CheckpointError` for a damaged file, or naming the first ten keys that do not fit.
-    """
-    tensors, metadata = read_tensors(path)
-    if METADATA_KEY not in metadata:
-        raise CheckpointError(
-            f"{path} does not describe its model", "Give a model.safetensors that `sfumato train` wrote."
-        )
-    config = ModelConfig.from_json(metadata[METADATA_KEY], str(path))
-    modules: dict[str, nn.Module] = {}
-    used: set[str] = set()
-    for part, prefix in PREFIXES.items():
-        if (part_config := getattr(config, part)) is not None:
-            own = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
-            modules[part] = build(part, part_config, limit=2 * len(tensors) + 1000)
-            assign(modules[part], {name: tensors[full] for name, full in own.items()}, dtype, str(path))
-            used.update(own.values())
-    unknown = sorted(tensors.keys() - used)
-    if unknown:
-        raise CheckpointError(
-            f"{path} holds tensors that no part of the model has: {', '.join(unknown[:10])}", "Get it again."
-        )
-    return ModelFile(config, modules, sha256(path))
+    """`open_model` of a path, as training recipes give it. `dtype` None keeps the file's own."""
+    return open_model(path, dtype=dtype)
 
 
-def build(part: str, config: Any, limit: int) -> nn.Module:
-    """A network of shapes without values; `CheckpointError` where the options build none.
-
-    limit: the most parameters it may have. A hostile file could describe enough of them to fill any memory.
-    """
-    count = 0
-
-    def register(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError(f"the file describes more {part} layers than it holds", "Get it again.")
-
-    hook = register_module_parameter_registration_hook(register)
-    try:
-        with shapes_only():
-            return NETWORKS[part](config)
-    except CheckpointError:
-        raise
-    except Exception as error:  # whatever torch makes of a negative width, a zero division, ...
-        raise CheckpointError(f"the file's {part} cannot be built: {error}", "Get it again.") from error
-    finally:
-        hook.remove()
+def check_parts(opened: Opened) -> None:
+    """`CheckpointError` where the files hold what no part takes and no rule knows."""
+    if opened.unknown:
+        raise explain_unknown(opened.unknown, opened.place, opened.parts)
 
 
-def assign(module: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype | None, source: str) -> None:
-    """Give a module built on the meta device its tensors; names and shapes must match one to one."""
-    check_fit(module.state_dict(), tensors, f"{source} does not fit {type(module).__name__}")
-    ready = {name: tensor if dtype is None else tensor.to(dtype) for name, tensor in tensors.items()}
-    module.load_state_dict(ready, strict=True, assign=True)
-    left = [name for name, buffer in module.named_buffers() if buffer.is_meta]
-    assert not left, f"buffers computed on the meta device: {left}"
-    module.requires_grad_(False).eval()
+def empty(name: str, part: Part) -> nn.Module:
+    """The network of a part, of shapes without values."""
+    return build(name, part.config, limit=len(part.mapping))
 
 
-def copy_into(module: nn.Module, tensors: Mapping[str, Tensor], failure: str) -> None:
-    """Copy tensors into a module that has values; names and shapes must match one to one, as `check_fit`."""
-    check_fit(module.state_dict(), tensors, failure)
-    module.load_state_dict(tensors, strict=True)
+def load_part(
+    module: nn.Module, part: Part, dtype: torch.dtype | None, device: torch.device | None
+) -> nn.Module:
+    """Give a network without values its tensors, which are read and checked here; returns it."""
+    tensors: dict[str, Tensor] = {}
+    read: dict[str, Tensor] = {}  # what the last pair was made of: q, k and v may lie in one tensor
+    for pair in part.mapping:
+        read = {key: read[key] if key in read else part.source.tensor(key) for key in pair.foreign}
+        tensor = pair.transform.to_native(list(read.values()))
+        ready = tensor.to(device=device, dtype=dtype)
+        if not is_finite(ready):
+            cause = f"too large for {ready.dtype}" if is_finite(tensor) else "not finite"
+            raise CheckpointError(
+                f"{part.source.path}: {', '.join(pair.foreign)} holds values that are {cause}",
+                "Ask for a wider --dtype." if is_finite(tensor) else "The file is damaged. Get it again.",
+            )
+        tensors[pair.native] = ready
+    assign(module, tensors, str(part.source.path))
+    return module
 
 
-def check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], failure: str) -> None:
-    """`CheckpointError` naming the first ten tensors that are missing, unexpected or of another shape."""
-    reasons = {name: _misfit(wanted.get(name), given.get(name)) for name in wanted.keys() | given.keys()}
-    wrong = sorted(f"{name}: {reason}" for name, reason in reasons.items() if reason)
-    if wrong:
-        raise CheckpointError(
-            f"{failure}, {len(wrong)} tensors differ: {'; '.join(wrong[:10])}",
-            "The file belongs to another architecture, or is damaged.",
-        )
-
-
-def _misfit(wanted: Tensor | None, given: Tensor | None) -> str:
-    if given is None:
-        return "missing"
-    if wanted is None:
-        return "unexpected"
-    if wanted.shape != given.shape:
-        return f"shape {tuple(given.shape)} for {tuple(wanted.shape)}"
-    return "" if given.is_floating_point() else f"{given.dtype} is not floating-point"
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite: their sum tells, and only an odd one is looked into."""
+    if tensor.dtype.itemsize == 1:  # torch knows no sum of 8-bit floats
+        tensor = tensor.float()
+    total = tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.files import write_tensors
-from sfumato.checkpoints.load import METADATA_KEY, PREFIXES
+from sfumato.checkpoints.layouts import PARTS, generate, prefix, to_foreign
+from sfumato.checkpoints.metadata import METADATA_KEY
 from sfumato.errors import NumericalError
 from sfumato.presets import ModelConfig
 
@@ -17,16 +18,16 @@ from sfumato.presets import ModelConfig
 def save_file(
     path: Path, config: ModelConfig, parts: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
 ) -> None:
-    """Write the state dicts of `parts` ("unet", "autoencoder", "text": those `config` has) and the config.
+    """Write the state dicts of `parts` ("unet", "autoencoder", ...: those `config` has) and the config.
 
     Raises `NumericalError` before anything is written if a weight is not finite in `dtype`.
     """
-    described = {part for part in PREFIXES if getattr(config, part) is not None}
+    described = {part for part in PARTS if getattr(config, part) is not None}
     assert described == parts.keys(), f"the config has {described}, the weights are of {set(parts)}"
     tensors = {
-        PREFIXES[part] + name: tensor.to(dtype)
+        prefix(part, "ldm", config) + name: tensor.to(dtype)
         for part, state in parts.items()
-        for name, tensor in state.items()
+        for name, tensor in to_foreign(generate(part, getattr(config, part), "ldm"), state).items()
     }
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

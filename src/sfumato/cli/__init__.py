@@ -62,6 +62,16 @@ def application() -> App:
     )
     app.command("sfumato.cli.generate:generate", name="generate", help="Draw pictures from a prompt.")
     app.command("sfumato.cli.train:train", name="train", help="Train by a recipe; run it again to resume.")
+    app.command(
+        "sfumato.cli.inspect:inspect",
+        name="inspect",
+        help="Show what is in a model file, without loading it.",
+    )
+    app.command(
+        "sfumato.cli.convert:convert",
+        name="convert",
+        help="Write a model in another layout or number format.",
+    )
     data = App(name="data", help="Make training data.")
     build = App(name="build", help="Build a set of captioned pictures.")
     build.command(

@@ -9,7 +9,16 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from sfumato.cli.options import takes_request
+from sfumato.cli.options import (
+    Ema,
+    Offline,
+    Prediction,
+    Revision,
+    Vae,
+    Variant,
+    Vocab,
+    takes_request,
+)
 from sfumato.cli.progress import progress_line
 from sfumato.request import Request
 
@@ -23,8 +32,19 @@ def generate(
         bool, Parameter(negative=(), show_default=False, help="Also write one sheet of all pictures.")
     ] = False,
     model: Annotated[
-        str | None, Parameter(metavar="FILE", help="Model file; the embedded one if not given.")
+        str | None,
+        Parameter(
+            metavar="MODEL",
+            help="Model file, diffusers folder or name on the hub; the embedded one if not given.",
+        ),
     ] = None,
+    vae: Vae = None,
+    prediction: Prediction = None,
+    ema: Ema = False,
+    vocab: Vocab = None,
+    variant: Variant = None,
+    offline: Offline = False,
+    revision: Revision = None,
     device: Annotated[str, Parameter(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto.")] = "auto",
     dtype: Annotated[str, Parameter(metavar="NAME", help="float32, float16, bfloat16, or auto.")] = "auto",
 ) -> None:
@@ -37,7 +57,10 @@ def generate(
 
     folder, stem = place(output)
 
-    loaded = load(model, device=device, dtype=dtype)
+    loaded = load(
+        model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, offline=offline,
+        revision=revision, variant=variant, vocab=vocab,
+    )  # fmt: skip
     request, notes = complete(loaded, request), Notes()
     steps = stream(loaded, request, notes)
     for warning in notes.warnings:

@@ -50,7 +50,8 @@ def takes_request(command: Callable[..., None]) -> Callable[..., None]:
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
     if kind is bool:
-        annotation = Annotated[bool, Parameter(help=field.description, show_default=False)]
+        answer = bool if field.default is not None else bool | None
+        annotation = Annotated[answer, Parameter(help=field.description, show_default=False)]
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
         )
@@ -75,3 +76,31 @@ def _metavar(kind: Any) -> str:
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
     return {str: "TEXT", int: "INT", float: "FLOAT"}.get(kind, "FILE")
+
+
+# Options of every command that takes a model.
+Vae = Annotated[str | None, Parameter(metavar="MODEL", help="Take the autoencoder of this model instead.")]
+Prediction = Annotated[
+    Literal["eps", "v", "x0"] | None,
+    Parameter(help="What the network predicts, where the file does not say or says it wrong."),
+]
+Ema = Annotated[
+    bool,
+    Parameter(negative=(), show_default=False, help="Take the averaged weights beside those of training."),
+]
+Offline = Annotated[
+    bool, Parameter(negative=(), show_default=False, help="Ask the hub's cache alone, not the hub.")
+]
+Revision = Annotated[
+    str | None, Parameter(metavar="NAME", help="Branch, tag or commit of a model on the hub.")
+]
+Variant = Annotated[
+    str | None, Parameter(metavar="NAME", help="Which of a folder's sets of weights, as fp16.")
+]
+Vocab = Annotated[
+    str | None,
+    Parameter(
+        metavar="FILE",
+        help="BERT's vocab.txt or the hub's name of a BERT, for LDM's 1.45 B text-to-image model.",
+    ),
+]

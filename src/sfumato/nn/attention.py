@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.nn.layers import conv_nd, zero_
+from sfumato.nn.layers import Convolution, conv_nd, pointwise, to_picture, to_tokens, zero_
 
 Attend = Callable[[str, Tensor, Tensor, Tensor], Tensor]
 """`attend(name, q, k, v) -> (b, heads, queries, width)`; `name` is the calling module's in the state dict."""
@@ -112,7 +112,6 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, config: SpatialTransformerConfig) -> None:
         super().__init__()
         inner = config.heads * config.dim_head
-        self.use_linear = config.use_linear
         self.norm = nn.GroupNorm(config.num_groups, channels, eps=1e-6)
         self.proj_in = _projection(channels, inner, config)
         self.transformer_blocks = nn.ModuleList(
@@ -123,13 +122,10 @@ class SpatialTransformer(nn.Module):
         zero_(self.proj_out)
 
     def forward(self, x: Tensor, context: Tensor | None = None, attend: Attend = attend) -> Tensor:
-        h = self.norm(x)
-        tokens = self.proj_in(_tokens(h)) if self.use_linear else _tokens(self.proj_in(h))  # (b, n, inner)
+        tokens = pointwise(self.proj_in, to_tokens(self.norm(x)))  # (b, n, inner)
         for block in self.transformer_blocks:
             tokens = block(tokens, context, attend)
-        if self.use_linear:
-            return x + _picture(self.proj_out(tokens), x)
-        return x + self.proj_out(_picture(tokens, x))
+        return x + to_picture(pointwise(self.proj_out, tokens), x)
 
 
 class AttentionBlock(nn.Module):
@@ -150,26 +146,15 @@ class AttentionBlock(nn.Module):
         zero_(self.proj_out)
 
     def forward(self, x: Tensor, attend: Attend = attend) -> Tensor:
-        tokens = _pointwise(self.qkv, _tokens(self.norm(x)))  # (b, n, 3 * channels)
+        tokens = pointwise(self.qkv, to_tokens(self.norm(x)))  # (b, n, 3 * channels)
         q, k, v = (part.transpose(1, 2) for part in tokens.unflatten(-1, self.grouping).unbind(self.qkv_axis))
         tokens = attend(self.name, q, k, v).transpose(1, 2).flatten(2)
-        return x + _picture(_pointwise(self.proj_out, tokens), x)
+        return x + to_picture(pointwise(self.proj_out, tokens), x)
 
 
-def _projection(in_channels: int, out_channels: int, config: SpatialTransformerConfig) -> nn.Module:
+def _projection(
+    in_channels: int, out_channels: int, config: SpatialTransformerConfig
+) -> nn.Linear | Convolution:
     if config.use_linear:
         return nn.Linear(in_channels, out_channels)
     return conv_nd(config.dims, in_channels, out_channels, 1)
-
-
-def _pointwise(convolution: nn.Conv1d, tokens: Tensor) -> Tensor:
-    # As a matrix product the convolution takes (b, n, c), which channels_last pictures are without a copy.
-    return F.linear(tokens, convolution.weight[:, :, 0], convolution.bias)
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return x.flatten(2).transpose(1, 2)  # (b, c, *s) -> (b, n, c): a contiguous view where x is channels_last
-
-
-def _picture(tokens: Tensor, like: Tensor) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])  # (b, n, c) -> (b, c, *s), a view

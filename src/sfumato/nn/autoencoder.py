@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.errors import InputError, nearest
+from sfumato.nn.layers import pointwise, to_picture, to_tokens
 
 AttentionType = Literal["vanilla", "linear", "none"]
 ATTENTION_TYPES = ("vanilla", "linear", "none")
@@ -36,7 +37,9 @@ class AutoencoderConfig:
     which attention follows every residual block; the middle always has one. resamp_with_conv: learned
     resampling instead of pooling. double_z: the encoder yields mean and log-variance. give_pre_end: the
     decoder stops before its last norm and convolution. embed_dim: channels of the latent. num_groups: groups
-    of every normalisation (32 in all released models). Raises InputError for values that do not fit together.
+    of every normalisation (32 in all released models). n_embed: entries of a codebook that latents are
+    replaced by (`nn.vq.VQModel`, double_z False); None for a Gaussian over latents (`AutoencoderKL`).
+    Raises InputError for values that do not fit together.
     """
 
     z_channels: int = 4
@@ -55,6 +58,7 @@ class AutoencoderConfig:
     give_pre_end: bool = False
     embed_dim: int = 4
     num_groups: int = 32
+    n_embed: int | None = None
 
     def __post_init__(self) -> None:
         # Lists, as JSON and TOML give them, would make equal configs unequal and unhashable.
@@ -65,6 +69,11 @@ class AutoencoderConfig:
         for name in COUNTS:
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.n_embed is not None and (self.n_embed < 1 or self.double_z):
+            raise InputError(
+                f"n_embed is {self.n_embed} with double_z = {self.double_z}.",
+                "A codebook has at least one entry and goes with double_z = False; or leave n_embed out.",
+            )
         if not self.ch_mult or min(self.ch_mult) < 1:
             raise InputError(f"ch_mult is {self.ch_mult}; it needs one factor >= 1 for every level.")
         if not 0.0 <= self.dropout < 1.0:
@@ -187,11 +196,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(b, c, h, w) -> (b, c, h, w)."""
-        normed = self.norm(x)
-        # (b, c, h, w) -> (b, 1, h * w, c), a view where the memory format is channels-last
-        q, k, v = (layer(normed).flatten(2).mT.unsqueeze(1) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(q, k, v)
-        return x + self.proj_out(attended.squeeze(1).mT.unflatten(2, x.shape[2:]))
+        tokens = to_tokens(self.norm(x))
+        q, k, v = (pointwise(layer, tokens).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1)  # (b, h * w, c)
+        return x + to_picture(pointwise(self.proj_out, attended), x)
 
 
 class LinearAttention(nn.Module):

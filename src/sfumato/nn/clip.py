@@ -29,7 +29,8 @@ class CLIPTextConfig:
 
     max_position_embeddings: the context length in tokens. eos_token_id: the token whose first place in a row
     gives the pooled vector. projection_dim: width of the pooled vector's projection, None for a model without
-    one. Raises InputError for values that do not fit together.
+    one. pad_token_id: what fills a row after its end, eos_token_id where None; OpenCLIP's towers pad with 0.
+    Raises InputError for values that do not fit together.
     """
 
     vocab_size: int = 49408
@@ -42,6 +43,7 @@ class CLIPTextConfig:
     layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
     projection_dim: int | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.hidden_act not in ACTIVATIONS:
@@ -52,11 +54,22 @@ class CLIPTextConfig:
                 f"num_attention_heads = {self.num_attention_heads}.",
                 "Choose a width that the heads divide.",
             )
-        if not 0 <= self.eos_token_id < self.vocab_size:
-            raise InputError(
-                f"eos_token_id = {self.eos_token_id} is not in the vocabulary of {self.vocab_size} tokens.",
-                "Take both from the tokenizer that the encoder is used with.",
-            )
+        for name, token in (("eos_token_id", self.eos_token_id), ("pad_token_id", self.pad_id)):
+            if not 0 <= token < self.vocab_size:
+                raise InputError(
+                    f"{name} = {token} is not in the vocabulary of {self.vocab_size} tokens.",
+                    "Take both from the tokenizer that the encoder is used with.",
+                )
+
+    @property
+    def pooled_size(self) -> int:
+        """Width of the pooled vector."""
+        return self.hidden_size if self.projection_dim is None else self.projection_dim
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills a row after its end."""
+        return self.eos_token_id if self.pad_token_id is None else self.pad_token_id
 
 
 @dataclass(frozen=True)
@@ -213,6 +226,8 @@ class CLIPTextEncoder(nn.Module):
         count = len(output.hidden_states)
         if not -count <= index < count:
             raise InputError(f"There is no hidden state {index}; allowed are {-count} to {count - 1}.")
+        if normed and index in (-1, count - 1):
+            return output.last_hidden_state
         state = output.hidden_states[index]
         return self.text_model.final_layer_norm(state) if normed else state
 

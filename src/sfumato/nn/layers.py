@@ -48,6 +48,21 @@ def perceptron(in_features: int, out_features: int) -> nn.Sequential:
     )
 
 
+def pointwise(layer: nn.Linear | Convolution, tokens: Tensor) -> Tensor:
+    """A linear layer, or a convolution of width 1 as the matrix product it is, on tokens (b, n, c)."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    """The positions of (b, c, *s) in a row, (b, n, c): a contiguous view where x is channels-last."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def to_picture(tokens: Tensor, like: Tensor) -> Tensor:
+    """Tokens (b, n, c) back at their places, a view of shape (b, c, *s) with the sides of `like`."""
+    return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
+
+
 def resampling_factors(dims: int) -> tuple[int, ...]:
     """By how much one level resamples each axis: all by 2, save the depth of volumes, which is left alone."""
     return (1, 2, 2) if dims == 3 else (2,) * dims

@@ -1,14 +1,25 @@
-"""Prompts to the conditioning that a denoising network reads: tokenizer, then text transformer."""
+"""Prompts to the conditioning that a denoising network reads: tokenizer, then text transformers."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from sfumato.conditioning import Conditioning
 from sfumato.errors import InputError
+from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
+from sfumato.nn.layers import timestep_embedding
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.wordpiece import KIND as WORDPIECE
+from sfumato.text.wordpiece import WordPiece
+
+SIZE_WIDTH = 256  # sinusoids of each size number (Podell et al. 2023, section 2.2)
+SIZES_WIDTH = 6 * SIZE_WIDTH
 
 
 @dataclass(frozen=True)
@@ -17,6 +28,35 @@ class EncodedPrompts:
 
     conditioning: Conditioning
     cut: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What SDXL is told of a picture in pixels (Podell et al. 2023, section 2.2).
+
+    target: its (height, width). original: that of the picture it was made from, the same where None; small
+    ones draw what was blurred by enlarging. crop: what was cut off at (top, left), (0, 0) for a whole object.
+    """
+
+    target: tuple[int, int]
+    original: tuple[int, int] | None = None
+    crop: tuple[int, int] = (0, 0)
+
+    def vector(self) -> Tensor:
+        """(1, 6 * 256) float32: original height and width, crop top and left, target height and width."""
+        numbers = torch.tensor([*(self.original or self.target), *self.crop, *self.target])
+        return timestep_embedding(numbers, SIZE_WIDTH).flatten()[None]
+
+
+def read_tokenizer(text: str) -> Tokenizer | WordPiece:
+    """The tokenizer of a model file's metadata, of either kind; CheckpointError where the text is neither."""
+    try:
+        record = json.loads(text)
+    except (ValueError, RecursionError):
+        record = None  # which the tokenizers refuse with their own words
+    if isinstance(record, dict) and record.get("kind") == WORDPIECE:
+        return WordPiece.from_json(text)
+    return Tokenizer.from_json(text)
 
 
 def encode_prompts(
@@ -33,11 +73,49 @@ def encode_prompts(
     Rows are as long as the encoder's context. Raises InputError for a clip_skip that the encoder has no layer
     for.
     """
+    context, _, cut = _tower(prompts, tokenizer, encoder, clip_skip, normed)
+    return EncodedPrompts(Conditioning(context=context), cut)
+
+
+def encode_two_towers(
+    prompts: Sequence[str],
+    tokenizer: Tokenizer,
+    encoders: tuple[CLIPTextEncoder, CLIPTextEncoder],
+    sizes: Sizes,
+    clip_skip: int = 2,
+    normed: bool = False,
+) -> EncodedPrompts:
+    """Encode each prompt as SDXL does: both towers' states side by side, and a vector (Podell et al. 2023).
+
+    The context is (b, tokens, width of both), of the layer that `encode_prompts` describes; the vector is the
+    second tower's pooled one, of its last layer, and the six sizes.
+    """
+    first, second = encoders
+    context, _, cut = _tower(prompts, tokenizer, first, clip_skip, normed)
+    context2, pooled, _ = _tower(prompts, tokenizer, second, clip_skip, normed)
+    numbers = sizes.vector().to(pooled.device).expand(len(prompts), -1)
+    # The sizes stay float32 beside a pooled vector in half precision: the network seam casts both.
+    vector = torch.cat([pooled.to(numbers.dtype), numbers], dim=1)
+    return EncodedPrompts(Conditioning(torch.cat([context, context2], dim=2), vector), cut)
+
+
+def encode_wordpieces(prompts: Sequence[str], tokenizer: WordPiece, encoder: BERTEmbedder) -> EncodedPrompts:
+    """Encode each prompt as LDM's 1.45 B model does, on the encoder's device and in its dtype."""
+    tokens, cut = tokenizer.batch(prompts, encoder.config.max_seq_len)
+    context = encoder(tokens.to(encoder.transformer.norm.weight.device))
+    return EncodedPrompts(Conditioning(context=context), tuple(cut))
+
+
+def _tower(
+    prompts: Sequence[str], tokenizer: Tokenizer, encoder: CLIPTextEncoder, clip_skip: int, normed: bool
+) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+    """The states of a layer (b, tokens, width), the pooled vector (b, width) and what was cut."""
     layers = encoder.config.num_hidden_layers
     if not 1 <= clip_skip <= layers:
         raise InputError(
             f"clip_skip is {clip_skip}; this text encoder allows 1 (the last layer) to {layers}."
         )
-    tokens, cut = tokenizer.batch(prompts, encoder.config.max_position_embeddings)
+    config = encoder.config
+    tokens, cut = tokenizer.batch(prompts, config.max_position_embeddings, config.pad_id)
     output = encoder(tokens.to(encoder.text_model.final_layer_norm.weight.device))
-    return EncodedPrompts(Conditioning(context=encoder.hidden_state(output, -clip_skip, normed)), tuple(cut))
+    return encoder.hidden_state(output, -clip_skip, normed), output.pooled, tuple(cut)

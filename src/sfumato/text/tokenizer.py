@@ -25,6 +25,7 @@ WORD_END = "</w>"
 # OpenAI's word pattern: endings of English contractions, runs of letters, single digits, runs of the rest.
 WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 CLIP_CONTEXT_LENGTH = 77
+CLIP_VOCABULARY = 49408  # tokens of `Tokenizer.clip`
 MAX_TOKEN_BYTES = (
     128  # merges can double a token's length each: 40 lines of a hostile file would fill any memory
 )
@@ -153,16 +154,21 @@ class Tokenizer:
         """Token ids without start, end and padding."""
         return self._engine.encode(replace_surrogates(text), add_special_tokens=False).ids
 
-    def batch(self, texts: Sequence[str], length: int | None = None) -> tuple[Tensor, list[str]]:
+    def batch(
+        self, texts: Sequence[str], length: int | None = None, pad_id: int | None = None
+    ) -> tuple[Tensor, list[str]]:
         """Rows of start, tokens, end and padding, (b, length) long, and what was cut of each text (maybe "").
 
-        length: tokens in a row, the context length where None. What was cut begins at the first token that
-        did not fit, maybe inside a word. Raises InputError for a length without room for start and end.
+        length: tokens in a row, the context length where None. pad_id: what to fill rows with, `pad` where
+        None; the text encoder says, for the two of SDXL read one text with one tokenizer. What was cut begins
+        at the first token that did not fit, maybe inside a word. Raises InputError for a length without room
+        for start and end.
         """
         length = self.context_length if length is None else length
         if length < 2:
             raise InputError(f"length is {length}.", "A row holds at least the start and the end token.")
-        rows = torch.full((len(texts), length), self.pad_id, dtype=torch.long)
+        filling = self.pad_id if pad_id is None else pad_id
+        rows = torch.full((len(texts), length), filling, dtype=torch.long)
         cut: list[str] = []
         for row, text in zip(rows, texts, strict=True):
             encoded = self._engine.encode(replace_surrogates(text), add_special_tokens=False)
@@ -205,12 +211,24 @@ class Tokenizer:
         match record:
             case {"kind": "clip-bpe", "context_length": int(length), "pad": str(pad), "merges": str(merges)}:
                 pairs = clip_merges() if merges == "clip" else tuple(parse_merges(merges))
-                if length >= 2 and pad in vocabulary(pairs):
-                    return cls(pairs, length, pad)
+                if length >= 2:
+                    try:
+                        return cls(pairs, length, pad)
+                    except InputError as error:
+                        raise CheckpointError(
+                            "The tokenizer stored with the model pads with a token that it lacks.",
+                            "Get the file again.",
+                        ) from error
         raise CheckpointError(
             "The tokenizer stored with the model is of another kind, or not whole.",
             "It needs kind = 'clip-bpe', context_length, pad and merges; a newer Sfumato may.",
         )
+
+
+def clip_json(pad: str = END) -> str:
+    """`Tokenizer.clip(pad).to_json()`, without the time it takes to build the tokenizer."""
+    record = {"kind": "clip-bpe", "context_length": CLIP_CONTEXT_LENGTH, "pad": pad, "merges": "clip"}
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
 
 
 def replace_surrogates(text: str) -> str:

@@ -33,7 +33,7 @@ class DataConfig(Section):
     channels: Literal[1, 3] = 3
     repeats: dict[str, Annotated[int, Field(ge=0)]] = Field(
         default_factory=dict,
-        description='how often an epoch shows each "kind" or "kind/style" of row of an illustration set; else 1',
+        description='how often an epoch shows each "kind" or "kind/style" of an illustration set; else 1',
     )
     workers: int = Field(default=2, ge=0, le=64, description="threads that decode pictures ahead")
 

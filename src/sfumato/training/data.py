@@ -235,8 +235,9 @@ def open_dataset(
 ) -> Dataset:
     """The "train" or "test" split of a folder of pictures or of a built illustration set.
 
-    repeats: how often one epoch shows each kind ("drawing") or kind and style ("drawing/fluent") of row of an
-    illustration set, 1 where it says nothing, 0 for never. Raises `DataError` for pictures that cannot be used, `InputError` for repeats of what is not there.
+    repeats: how often one epoch shows each kind ("drawing"), or kind and style ("drawing/fluent"), of row of
+    an illustration set, 1 where it says nothing, 0 for never. Raises `DataError` for pictures that cannot be
+    used, `InputError` for repeats of what is not there.
     """
     if not root.is_dir():
         raise DataError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from sfumato.checkpoints.files import read_tensors, write_tensors
 from sfumato.errors import CheckpointError
 from sfumato.nn.autoencoder import AutoencoderKL
+from sfumato.nn.vq import VQModel
 from sfumato.training.data import Dataset, Position, batches, to_tensor
 
 ENCODE_BATCH = 64
@@ -57,7 +58,7 @@ class CachedLatents:
     def __init__(
         self,
         dataset: Dataset,
-        autoencoder: AutoencoderKL,
+        autoencoder: AutoencoderKL | VQModel,
         scale: float,
         shape: tuple[int, ...],
         path: Path,
@@ -99,7 +100,9 @@ def _cached(path: Path, key: str, shape: tuple[int, ...]) -> dict[str, Tensor] |
 
 
 @torch.no_grad()
-def _encode(dataset: Dataset, autoencoder: AutoencoderKL, progress: Progress) -> tuple[Tensor, Tensor]:
+def _encode(
+    dataset: Dataset, autoencoder: AutoencoderKL | VQModel, progress: Progress
+) -> tuple[Tensor, Tensor]:
     means, stds = [], []
     device = next(autoencoder.parameters()).device
     for start in range(0, len(dataset), ENCODE_BATCH):

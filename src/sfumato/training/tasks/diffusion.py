@@ -76,7 +76,7 @@ class DiffusionTask:
         # First stage: frozen. Its latents are made last, for that takes minutes.
         path = config.diffusion.autoencoder
         first_stage = None if path is None else load_file(path, torch.float32)
-        self.digest = dataset.digest + (first_stage.digest if first_stage else "")
+        self.digest = dataset.digest + (first_stage.identity if first_stage else "")
         self.model = self._model(first_stage)
         self.schedule = self.model.schedule
         self.prediction = paired(config.diffusion.prediction, self.schedule)
@@ -176,8 +176,9 @@ class DiffusionTask:
         if self.tokenizer is None or self.config.text is None:
             return None
         self.tokens = {caption: self._tokens([caption])[0] for caption in ["", *self._captions()]}
-        vocab_size, end = self.tokenizer.vocab_size, self.tokenizer.end_id
-        return CLIPTextEncoder(dataclasses.replace(self.config.text, vocab_size=vocab_size, eos_token_id=end))
+        tokenizer = self.tokenizer
+        ends = {"eos_token_id": tokenizer.end_id, "pad_token_id": tokenizer.pad_id}
+        return CLIPTextEncoder(dataclasses.replace(self.config.text, vocab_size=tokenizer.vocab_size, **ends))
 
     def _captions(self) -> list[str]:
         return sorted({text for index in range(len(self.dataset)) for text in self.dataset.captions(index)})
@@ -225,7 +226,7 @@ class DiffusionTask:
                 self.model.latent_scale,
                 shape,
                 self.config.out / f"latents-{name}.safetensors",
-                first_stage.digest,
+                first_stage.identity,
                 progress,
             )
             for dataset, name in ((self.dataset, "train"), (self.held_out, "test"))
