@@ -17,14 +17,16 @@ from sfumato.checkpoints.load import open_model
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 INSTALL = re.compile(r"python3 -m venv \.venv && .*")
-SHORT = {  # what training runs are cut to
+SMALL_UNET = [
+    "--loop.images=64",
+    "--unet.model_channels=16",
+    "--unet.num_head_channels=16",
+    "--diffusion.steps=2",
+]
+SHORT = {  # what training runs are cut to, by the last word of their recipe
     "autoencoder": ["--loop.images=16", "--first_stage.ch=8"],
-    "diffusion": [
-        "--loop.images=64",
-        "--unet.model_channels=16",
-        "--unet.num_head_channels=16",
-        "--diffusion.steps=2",
-    ],
+    "diffusion": SMALL_UNET,
+    "finish": SMALL_UNET,
 }
 
 
