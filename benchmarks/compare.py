@@ -177,6 +177,7 @@ def summary(case: Case, outcomes: list[Outcome], multiplications: int, gemm: lis
         "seconds": spread(seconds),
         "cpu_seconds": spread(cpu),
         "peak_mb": spread([outcome.peak_mb for outcome in outcomes]),
+        "private_mb": spread([outcome.private_mb for outcome in outcomes]),
         "load_seconds": spread([outcome.load_seconds for outcome in outcomes]),
         "anonymous_mb": spread([outcome.anonymous_mb for outcome in outcomes]),
     }
@@ -199,6 +200,7 @@ def ratios(ours: list[Outcome], reference: list[Outcome]) -> dict[str, Any]:
         "ratio": of(lambda outcome: statistics.median(outcome.seconds) - outcome.besides),
         "cpu_ratio": of(lambda outcome: statistics.median(outcome.cpu_seconds)),
         "memory_ratio": of(lambda outcome: outcome.peak_mb),
+        "private_ratio": of(lambda outcome: outcome.private_mb),
     }
 
 

@@ -31,7 +31,10 @@ class Task:
 
 @dataclass
 class Outcome:
-    """What a side measured; memory in MB. `besides`: the warm step that a cold start's `seconds` hold."""
+    """What a side measured; memory in MB. `besides`: the warm step that a cold start's `seconds` hold.
+
+    `anonymous_mb` is what loading took of memory that no file backs, `private_mb` what the process holds of it at the end.
+    """
 
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
@@ -39,6 +42,7 @@ class Outcome:
     anonymous_mb: float = 0.0
     besides: float = 0.0
     peak_mb: float = 0.0
+    private_mb: float = 0.0
 
 
 def memory(field_name: str) -> float:
@@ -113,6 +117,6 @@ def run(cases: dict[str, Callable[[Task, Stopwatch], Any]]) -> None:
     watch = Stopwatch(task)
     with torch.inference_mode():
         result = cases[task.kind](task, watch)
-    watch.outcome.peak_mb = memory("VmHWM")
+    watch.outcome.peak_mb, watch.outcome.private_mb = memory("VmHWM"), memory("RssAnon")
     save_file({"result": result.float().contiguous()}, task.output)
     print(json.dumps(asdict(watch.outcome)))
