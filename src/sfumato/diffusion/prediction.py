@@ -21,6 +21,39 @@ from sfumato.diffusion.schedule import Schedule
 Amplitude = Tensor | float
 Denoiser = Callable[[Tensor, float], Tensor]
 """The denoiser seam D(x, sigma) -> x0: x = x0 + sigma * noise, sigma > 0 is a float, the answer like x."""
+
+
+class GuidedDenoiser(Protocol):
+    """A denoiser that also gives its parts, for the few samplers that ask for them."""
+
+    def __call__(self, x: Tensor, sigma: float, /) -> Tensor: ...
+
+    def parts(self, x: Tensor, sigma: float, /) -> tuple[Tensor, Tensor]:
+        """(guided, unguided) x0: what `__call__` gives, and what nothing asked for would give."""
+        ...
+
+    def rows(self, start: int, stop: int, /) -> GuidedDenoiser:
+        """The same for the images start..stop of the batch alone."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """A plain denoiser as a `GuidedDenoiser`: nothing guides it, and it treats every image alike."""
+
+    function: Denoiser
+
+    def __call__(self, x: Tensor, sigma: float, /) -> Tensor:
+        return self.function(x, sigma)
+
+    def parts(self, x: Tensor, sigma: float, /) -> tuple[Tensor, Tensor]:
+        denoised = self.function(x, sigma)
+        return denoised, denoised
+
+    def rows(self, start: int, stop: int, /) -> Unguided:
+        return self
+
+
 ConditionalDenoiser = Callable[[Tensor, float, Conditioning], Tensor]
 """P(x, sigma, cond) -> x0: a denoiser whose conditions are not bound yet; see `Predictor`."""
 

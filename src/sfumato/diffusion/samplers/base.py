@@ -1,0 +1,81 @@
+"""What every sampler shares: the step it yields, the noise it asks for, and its row in the table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from inspect import signature
+from itertools import pairwise
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sfumato import errors
+
+Noise = Callable[[float, float], Tensor]
+"""noise(sigma, target) -> standard normal values shaped like x, for the step from sigma to target."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One finished step: `denoised` (x0) was evaluated at `sigma`, and `x` is at the noise level `target`.
+
+    A last target above 0 leaves noise in x: divide by sqrt(1 + target^2) for the network's coordinates.
+    """
+
+    index: int
+    sigma: float
+    target: float
+    x: Tensor
+    denoised: Tensor
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """A row of `SAMPLERS`: the sampler's function and what a caller has to know about it.
+
+    order: of convergence to the equation it solves. evaluations: of the denoiser per step; a step to 0
+    takes one. noise: which kind it draws, where it does: "fresh" values at every call, or increments of a
+    "brownian" path, the same for an interval however it is divided. stochastic: whether it draws unless an
+    option says otherwise. spacing: its default in `SPACINGS`. title: its name in other tools. paper: where it
+    comes from. discard_penultimate: it is used without the last noise level above 0. ends_only: it reads only
+    the largest and the smallest positive noise level, chooses its own between them and stops at the smallest.
+    """
+
+    function: Callable[..., Iterator[Step]]
+    order: int
+    evaluations: int
+    stochastic: bool
+    spacing: str
+    title: str
+    paper: str
+    noise: Literal["fresh", "brownian"] = "fresh"
+    discard_penultimate: bool = False
+    ends_only: bool = False
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The names of the options that a call may set."""
+        parameters = signature(self.function).parameters.values()
+        return tuple(parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY)
+
+    def __call__(
+        self, denoise: Any, x: Tensor, sigmas: Sequence[float], noise: Noise, **options: Any
+    ) -> Iterator[Step]:
+        """One `Step` per pair of `sigmas`, evaluated as the caller iterates.
+
+        denoise: a `Denoiser`, or a `GuidedDenoiser` for the rows that ask for more than its answer.
+        x: (b, ...) at the level sigmas[0]; sigmas: strictly descending, all but the last above 0.
+        `InputError` for other sigmas or an unknown option.
+        """
+        if not all(math.inf > high > low >= 0 for high, low in pairwise(sigmas)):
+            given = ", ".join(f"{sigma:g}" for sigma in sigmas)
+            raise errors.InputError(
+                f"sigmas are {given}; allowed are finite descending ones, the last 0 or more"
+            )
+        for name in options:
+            if name not in self.options:
+                hint = errors.nearest(name, self.options) if self.options else "It has no options."
+                raise errors.InputError(f"this sampler has no option {name!r}", hint)
+        return self.function(denoise, x, sigmas, noise, **options)
