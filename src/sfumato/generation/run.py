@@ -1,0 +1,161 @@
+"""From a request to pictures, the one path of every kind of generation (Rombach et al. 2022, section 3)."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sfumato import images
+from sfumato.conditioning import Conditioning, concatenate
+from sfumato.diffusion.noise import ImageNoise
+from sfumato.diffusion.samplers import Step, sampler
+from sfumato.diffusion.spacing import spacing
+from sfumato.generation.conditions import conditions, encoded
+from sfumato.generation.defaults import complete
+from sfumato.generation.guiding import NotFinite, Watch, denoiser
+from sfumato.generation.notes import Notes, not_finite
+from sfumato.generation.recipe import parameters
+from sfumato.generation.start import start_noise
+from sfumato.model import StableDiffusion
+from sfumato.request import Request
+
+
+@dataclass(frozen=True)
+class Result:
+    """What was drawn.
+
+    images: one PIL picture each, or a preview where samples are no pictures (1-D, 3-D, other channels).
+    samples: (n, c, ...) in about -1..1. latents: (n, z, ...) before decoding. parameters: for each picture
+    all that it takes to draw it again. seconds: wall-clock time.
+    """
+
+    images: list[Image.Image]
+    samples: Tensor
+    latents: Tensor
+    parameters: list[dict[str, Any]]
+    warnings: list[str]
+    seconds: float
+
+    @property
+    def are_pictures(self) -> bool:
+        """Whether the samples are pictures; if not, the samples themselves are what to keep."""
+        return self.samples.ndim == 4 and self.samples.shape[1] in images.MODES
+
+
+def generate(model: StableDiffusion, request: Request) -> Result:
+    """Draw `request.num_images` pictures.
+
+    Raises `InputError` for what this model cannot take, `NumericalError` naming stage and step where values
+    are not finite in float32 either.
+    """
+    started, notes = time.perf_counter(), Notes()
+    request = complete(model, request)
+    *_, last = stream(model, request, notes)
+    return finish(model, request, last, notes, time.perf_counter() - started)
+
+
+def stream(model: StableDiffusion, request: Request, notes: Notes | None = None) -> Iterator[Step]:
+    """The steps of a generation, computed as they are iterated: stop to cancel. Errors as `generate`.
+
+    Warnings go to `notes`, or to Python's `warnings` without one. `finish` turns the last step into pictures.
+    Where a narrow number format left the finite numbers, the steps begin anew, in float32.
+    """
+    told = Notes() if notes is None else notes
+    request = complete(model, request)
+    assert request.seed is not None
+    conds = conditions(model, request, told)
+    for text in told.warnings if notes is None else ():
+        warnings.warn(text, stacklevel=2)
+    seeds = [request.seed + index for index in range(request.num_images)]
+    return _steps(model, request, conds, seeds, told)
+
+
+def draw(model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
+    """Samples (n, c, ...), about -1..1, of many prompts in one batch, each with its seed, else by default."""
+    request, notes = complete(model, Request(prompt="", num_images=len(prompts))), Notes()
+    rows = [encoded(model, request, prompt, notes) for prompt in prompts]
+    negative = encoded(model, request, None, notes).repeat(len(prompts))
+    *_, last = _steps(model, request, {"cond": concatenate(rows), "uncond": negative}, seeds, notes)
+    return _decoded(model, request, _latents(last), notes)
+
+
+@torch.no_grad()
+def finish(model: StableDiffusion, request: Request, last: Step, notes: Notes, seconds: float) -> Result:
+    """The pictures of the last step of `stream(model, request, notes)`, for a request from `complete`."""
+    started = time.perf_counter()
+    latents = _latents(last)
+    samples = _decoded(model, request, latents, notes)
+    shown = [images.preview(sample) for sample in samples]
+    seconds += time.perf_counter() - started
+    return Result(shown, samples, latents, parameters(model, request, notes), notes.warnings, seconds)
+
+
+def _steps(
+    model: StableDiffusion,
+    request: Request,
+    conds: Mapping[str, Conditioning],
+    seeds: Sequence[int],
+    notes: Notes,
+) -> Iterator[Step]:
+    """Sampling itself; the conditions have one row for each seed."""
+    assert request.steps is not None and request.sampler is not None
+    assert request.height is not None and request.width is not None
+    row = sampler(request.sampler)
+    shape = model.latent_shape(request.height, request.width)
+    start = start_noise(request, seeds, shape)
+    plan = spacing(request.spacing)(model.schedule, request.steps)
+    options = {"eta": request.eta, "variance": request.variance}
+    given = {name: value for name, value in options.items() if value is not None}
+
+    def run(model: StableDiffusion) -> Iterator[Step]:
+        noise = ImageNoise(seeds, shape, device=model.device, start=start)
+        watch = Watch(denoiser(model, request, conds, plan.sigmas))
+        yield from row(watch, noise.initial() * plan.start_scale, plan.sigmas, noise, **given)
+        watch.check()
+
+    def finite() -> Iterator[Step]:
+        try:
+            yield from run(model)
+        except NotFinite as left:
+            notes.float32_retries.append(f"U-Net at step {_step(left.sigma, plan.sigmas)}")
+        else:
+            return
+        try:
+            yield from run(model.float32())
+        except NotFinite as left:
+            place = f"at step {_step(left.sigma, plan.sigmas)} of {len(plan.sigmas) - 1}"
+            raise not_finite("the U-Net", f"{place} (sigma {left.sigma:.4g})") from left
+
+    return finite()
+
+
+def _step(sigma: float, sigmas: Sequence[float]) -> int:
+    """The number of the step in which the network is asked at this noise level, from 1."""
+    return max(1, sum(level >= sigma for level in sigmas[:-1]))
+
+
+def _latents(last: Step) -> Tensor:
+    """Where sampling ended above 0 the last x still holds noise's share: back to the scale of the data."""
+    return last.x / math.sqrt(1 + last.target**2)
+
+
+def _decoded(model: StableDiffusion, request: Request, latents: Tensor, notes: Notes) -> Tensor:
+    parts = latents.split(1) if request.deterministic else [latents]
+    decoded = []
+    for part in parts:
+        samples = model.decode_latents(part)
+        if not bool(torch.isfinite(samples).all()):
+            notes.float32_retries.append("decoder")
+            samples = model.float32().decode_latents(part)
+            if not bool(torch.isfinite(samples).all()):
+                raise not_finite("the decoder", f"after step {request.steps}")
+        decoded.append(samples)
+    return torch.cat(decoded)
