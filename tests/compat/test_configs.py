@@ -306,6 +306,8 @@ def test_arguments_are_checked() -> None:
         instantiate_from_config(changed(CLASSES["params"]["unet_config"], depth=3))
     with pytest.raises(InputError, match=r"no 'linear_stop'(.|\n)*'linear_start'"):
         instantiate_from_config(changed(CLASSES, linear_stop=0.1))
+    with pytest.raises(InputError, match=r"LatentDiffusion: (.|\n)*params from the model's yaml"):
+        instantiate_from_config(changed(CLASSES, timesteps="many", beta_schedule="sqrt"))
     with pytest.raises(InputError, match="lacks unet_config"):
         instantiate_from_config({"target": CLASSES["target"], "params": {"timesteps": 10}})
     with pytest.raises(InputError, match="conditioning_key is 'hybrid', the U-Net's is 'crossattn'"):

@@ -6,13 +6,10 @@ the state dict out of what training programs put around it. SECURITY.md says wha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
-
-import torch
-from torch import Tensor
 
 from sfumato.checkpoints.ckpt_legacy import extents, read_legacy
 from sfumato.checkpoints.ckpt_tensors import Bytes, Extent, View, storage_dtype, view
@@ -21,7 +18,6 @@ from sfumato.checkpoints.pickle_policy import STORAGES, Forbidden
 from sfumato.checkpoints.pickle_records import Global, Placeholder, Storage, Table, TensorRecord
 from sfumato.checkpoints.source import Source
 from sfumato.checkpoints.unpickle import Unpickled, unpickle
-from sfumato.errors import CheckpointError
 
 MAX_TENSORS = 20_000  # SDXL with EMA: 6,000
 MAX_EMPTY = 1000  # tensors without an element: they cost a file nothing and us memory
@@ -228,35 +224,3 @@ def _tell(chosen: _Chosen, name: str, value: object) -> bool:
     if len(chosen.metadata) < MAX_TEXTS and 0 < len(name) <= MAX_NAME and name.isprintable():
         chosen.metadata[name] = str(value)
     return True
-
-
-def check_finite(weights: Source | Mapping[str, Tensor], file: Path | str = "") -> None:
-    """`CheckpointError` naming the file and the first ten tensors that hold an infinity or no number.
-
-    file: what to call the origin of a plain mapping of tensors.
-    """
-    read: Callable[[str], Tensor]
-    if isinstance(weights, Source):
-        names, read, file = list(weights.infos), weights.tensor, weights.path
-    else:
-        names, read = list(weights), weights.__getitem__
-    wrong: list[str] = []
-    for name in names:
-        if not _finite(read(name)):
-            wrong.append(name)
-    if wrong:
-        raise CheckpointError(
-            f"{file or 'the file'} holds values that are not finite in {', '.join(wrong[:10])}",
-            "Training diverged, or the file is damaged: get it again.",
-        )
-
-
-def _finite(tensor: Tensor) -> bool:
-    if not tensor.numel() or not (tensor.is_floating_point() or tensor.is_complex()):
-        return True
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
-    if tensor.dtype.itemsize == 1:
-        tensor = tensor.float()  # torch has no reductions for 8-bit floats
-    low, high = torch.aminmax(tensor)  # both are NaN where one element is; needs no memory of its own
-    return bool(torch.isfinite(low) and torch.isfinite(high))

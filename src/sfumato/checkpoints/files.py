@@ -17,14 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.checkpoints.ckpt import MAX_EMPTY, MAX_NAME, MAX_TENSORS, check_finite, open_legacy, open_zip
+from sfumato.checkpoints.ckpt import MAX_EMPTY, MAX_NAME, MAX_TENSORS, open_legacy, open_zip
 from sfumato.checkpoints.ckpt_tensors import MAX_RANK, MAX_SIDES, Bytes, View
 from sfumato.checkpoints.pickle_policy import Forbidden
 from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError, ResourceError, UnsafeCheckpointError
 
 __all__ = [
-    "MAX_HEADER", "MAX_TENSORS", "check_finite", "disk_errors", "open_file", "read_tensors", "sha256", "sync",
+    "MAX_HEADER", "MAX_TENSORS", "disk_errors", "open_file", "read_tensors", "sha256", "sync",
     "write_atomically", "write_tensors",
 ]  # fmt: skip
 

@@ -62,7 +62,7 @@ def read_sidecar(weights: Path) -> tuple[Path, Params] | None:
     path = weights.with_suffix(".yaml")
     if not path.is_file():
         return None
-    import yaml  # comes with huggingface_hub; few models need it
+    import yaml  # few models need it
 
     text = read_text(path)
     if len(text) > MAX_YAML or text.count("[") + text.count("{") > MAX_BRACKETS:

@@ -83,9 +83,9 @@ def construct(config: Any, targets: Mapping[str, Callable[..., Any]]) -> Any:
         raise InputError(f"there is no target {target[:80]!r} here", f"Known: {', '.join(targets)}.")
     try:
         signature(targets[target]).bind(**params)
-    except TypeError as error:
+        return targets[target](**params)
+    except (TypeError, AttributeError, ArithmeticError) as error:  # a text for a number, and the like
         raise InputError(f"{target}: {error}", "Take its params from the model's yaml file.") from error
-    return targets[target](**params)
 
 
 def load_model_from_config(
