@@ -290,7 +290,7 @@ def test_sizes(tiny_model: StableDiffusion) -> None:
 
 
 def test_warnings_are_collected_and_by_stream_raised(tiny_model: StableDiffusion) -> None:
-    long = Request(prompt="a red apple " * 9 + "zebra", seed=0)
+    long = Request(prompt="a red apple " * 9 + "zebra", seed=0, emphasis="plain")
     told = generate(tiny_model, long).warnings
     assert len(told) == 1 and "zebra" in told[0]
     with pytest.warns(UserWarning, match="zebra"):

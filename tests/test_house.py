@@ -43,14 +43,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints", "nn", "presets", "families", "diffusion", "text", "runtime"),
     "runtime": (),
     "images": ("checkpoints.files",),
-    "request": ("diffusion",),
+    "charts": ("checkpoints.files",),
+    "request": ("diffusion", "request"),
     "model": INNER,
     "generation": (*INNER, "generation"),
     "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
     "data": (*INNER, "data"),
     "preprocess": (*INNER, "preprocess"),
     "compat": (*INNER, "generation", "compat"),
-    "cli": (*INNER, "generation", "training", "data", "preprocess", "cli"),
+    "cli": (*INNER, "generation", "training", "data", "preprocess", "charts", "cli"),
     "__main__": ("cli",),
     "server": (*INNER, "generation", "server"),
 }

@@ -1,19 +1,17 @@
-"""Pictures: tensor <-> PIL, file names, and PNG files that carry the parameters they were drawn with."""
+"""Pictures: tensor <-> PIL, sheets, file names, and samples that are no pictures."""
 
 from __future__ import annotations
 
 import io
-import json
 import math
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sfumato.checkpoints.files import write_atomically
@@ -21,27 +19,6 @@ from sfumato.errors import InputError
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # channels -> PIL mode
 STEM_BYTES = 120  # of a prompt, in UTF-8, that go into a file's name; disks take names of 255 in all
-JSON_KEY, TEXT_KEY = "sfumato", "parameters"
-
-# Names in the AUTOMATIC1111 text form, so that other tools read our pictures and we theirs.
-SAMPLER_NAMES = {
-    "ddpm": "DDPM",
-    "ddim": "DDIM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "heun": "Heun",
-    "dpmpp_2m": "DPM++ 2M",
-}
-TEXT_FIELDS = {  # ours -> theirs, in the order they are written
-    "steps": "Steps",
-    "sampler": "Sampler",
-    "spacing": "Schedule type",
-    "guidance": "CFG scale",
-    "seed": "Seed",
-    "model_digest": "Model hash",
-    "model": "Model",
-}
-_FIELD = re.compile(r'\s*([\w ./+-]+?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 
 
 def to_pil(samples: Tensor) -> list[Image.Image]:
@@ -91,6 +68,15 @@ def grid(images: Sequence[Image.Image], columns: int | None = None) -> Image.Ima
     return sheet
 
 
+def captioned(image: Image.Image, caption: str) -> Image.Image:
+    """The picture under one line of text."""
+    font = ImageFont.load_default(14)
+    sheet = Image.new("RGB", (image.width, image.height + 22), "white")
+    ImageDraw.Draw(sheet).text((4, 2), caption, "black", font)
+    sheet.paste(image, (0, 22))
+    return sheet
+
+
 def file_stem(prompt: str | None, seed: int) -> str:
     """A file name without suffix: the letters and digits of the prompt, of any script, and the seed."""
     text = unicodedata.normalize("NFC", prompt or "")
@@ -109,104 +95,8 @@ def free_path(folder: Path, stem: str, suffix: str) -> Path:
     return path
 
 
-def save_png(image: Image.Image, path: Path, parameters: Mapping[str, Any]) -> None:
-    """Write a PNG file whole or not at all, with its parameters as JSON and in AUTOMATIC1111's text form.
-
-    Raises `ResourceError` for a full disk or a place that cannot be written.
-    """
-    info = PngImagePlugin.PngInfo()
-    info.add_text(TEXT_KEY, to_text(parameters))
-    info.add_text(JSON_KEY, json.dumps(parameters, sort_keys=True))
-    buffer = io.BytesIO()
-    image.save(buffer, "png", pnginfo=info)
-    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-
-
 def save_array(sample: Tensor, path: Path) -> None:
-    """Write one sample (c, ...) as a float32 .npy file, whole or not at all; errors as `save_png`."""
+    """Write one sample (c, ...) as a float32 .npy file, whole or not at all; `ResourceError` where that fails."""
     buffer = io.BytesIO()
     np.save(buffer, sample.detach().float().cpu().numpy(), allow_pickle=False)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
-
-
-def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters in a PNG file: ours, or AUTOMATIC1111's text form under our names; {} without any.
-
-    Raises `InputError` for a file that is no PNG. Nothing in the parameters is acted on.
-    """
-    try:
-        with Image.open(path, formats=["PNG"]) as image:
-            image.load()  # text may stand behind the pixels
-            texts = {key: str(value) for key, value in image.info.items() if key in {JSON_KEY, TEXT_KEY}}
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path} cannot be read as a PNG file: {error}", "Give a whole PNG file.") from error
-    try:
-        values = json.loads(texts.get(JSON_KEY, ""))
-    except (ValueError, RecursionError):
-        values = None
-    return values if isinstance(values, dict) else from_text(texts.get(TEXT_KEY, ""))
-
-
-def to_text(parameters: Mapping[str, Any]) -> str:
-    """The parameters as AUTOMATIC1111 writes them: prompt, negative prompt, one line of `Name: value`."""
-    lines = [str(parameters.get("prompt") or "")]
-    if parameters.get("negative_prompt"):
-        lines.append(f"Negative prompt: {parameters['negative_prompt']}")
-    values = {
-        **parameters,
-        "sampler": SAMPLER_NAMES.get(str(parameters.get("sampler")), parameters.get("sampler")),
-    }
-    values["spacing"] = str(parameters.get("spacing", "")).capitalize()
-    values["model_digest"] = str(parameters.get("model_digest") or "")[:10]
-    fields = [f"{theirs}: {_quoted(values[ours])}" for ours, theirs in TEXT_FIELDS.items() if values.get(ours)
-              or values.get(ours) == 0]  # fmt: skip
-    if parameters.get("width") and parameters.get("height"):
-        fields.insert(5, f"Size: {parameters['width']}x{parameters['height']}")
-    fields.append(f"Version: sfumato {parameters.get('version', '')}".rstrip())
-    return "\n".join([*lines, ", ".join(fields)]).replace("\0", " ")
-
-
-def from_text(text: str) -> dict[str, Any]:
-    """Read AUTOMATIC1111's text form. Never fails: unknown names are kept, text alone is a prompt."""
-    lines = text.strip().split("\n")
-    if not lines[0] and len(lines) == 1:
-        return {}
-    found = dict(_FIELD.findall(lines[-1])) if re.match(r"\s*Steps: ", lines[-1]) else {}
-    body = lines[:-1] if found else lines
-    start = next((i for i, line in enumerate(body) if line.startswith("Negative prompt:")), len(body))
-    values: dict[str, Any] = {"prompt": "\n".join(body[:start])}
-    if start < len(body):
-        values["negative_prompt"] = "\n".join(body[start:]).removeprefix("Negative prompt:").strip()
-    ours = {theirs: name for name, theirs in TEXT_FIELDS.items()}
-    samplers = {theirs: name for name, theirs in SAMPLER_NAMES.items()}
-    for name, written in found.items():
-        value = _unquoted(written.strip())
-        if name == "Size" and re.fullmatch(r"\d{1,6}x\d{1,6}", value):
-            values["width"], values["height"] = (int(side) for side in value.split("x"))
-        elif name == "Sampler":
-            values["sampler"] = samplers.get(value, value)
-        elif name == "Schedule type":
-            values["spacing"] = value.lower()
-        else:
-            values[ours.get(name, name)] = _number(value)
-    return values
-
-
-def _quoted(value: Any) -> str:
-    text = str(value)
-    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:\n"]', text) else text
-
-
-def _unquoted(text: str) -> str:
-    if not text.startswith('"'):
-        return text
-    try:
-        return str(json.loads(text))
-    except (ValueError, RecursionError):
-        return text
-
-
-def _number(text: str) -> int | float | str:
-    if re.fullmatch(r"-?\d{1,18}", text):
-        return int(text)
-    return float(text) if re.fullmatch(r"-?\d{1,18}\.\d{1,18}", text) else text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,12 +20,19 @@ from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.classes import ClassEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
-from sfumato.nn.unet import UNet, UNetConfig
+from sfumato.nn.unet import Patch, UNet, UNetConfig
 from sfumato.nn.vq import VQModel
-from sfumato.presets import PARTS, ModelConfig, check_parts, context_width, num_classes
+from sfumato.presets import (
+    PARTS,
+    ModelConfig,
+    check_parts,
+    check_tokenizer,
+    context_width,
+    num_classes,
+)
 from sfumato.runtime import resolve_device, resolve_dtype
 from sfumato.text import encode
-from sfumato.text.tokenizer import CLIP_VOCABULARY, Tokenizer, clip_json
+from sfumato.text.tokenizer import Tokenizer
 from sfumato.text.wordpiece import WordPiece
 
 EMBEDDED = Path(__file__).parent / "assets" / "illustrations.safetensors"
@@ -71,11 +78,11 @@ class StableDiffusion:
         self.defaults: Mapping[str, Any] = config.defaults
         self.name = config.name
         check_parts(config)
-        self._check_tokenizer()
+        check_tokenizer(config, lambda: self.tokenizer)
 
     # What it is made of
 
-    def _part(self, name: str) -> nn.Module | None:
+    def part(self, name: str) -> nn.Module | None:
         """A part, built and moved to the model's device when first asked for; None where there is none."""
         if getattr(self.config, name) is None:
             return None
@@ -87,32 +94,32 @@ class StableDiffusion:
     @property
     def unet(self) -> UNet:
         """The denoising network."""
-        return cast(UNet, self._part("unet"))
+        return cast(UNet, self.part("unet"))
 
     @property
     def autoencoder(self) -> AutoencoderKL | VQModel | None:
         """The first stage, None in pixel space."""
-        return cast(AutoencoderKL | VQModel | None, self._part("autoencoder"))
+        return cast(AutoencoderKL | VQModel | None, self.part("autoencoder"))
 
     @property
     def text_encoder(self) -> CLIPTextEncoder | None:
         """CLIP's text transformer; SDXL's first."""
-        return cast(CLIPTextEncoder | None, self._part("text"))
+        return cast(CLIPTextEncoder | None, self.part("text"))
 
     @property
     def text_encoder2(self) -> CLIPTextEncoder | None:
         """SDXL's second text transformer."""
-        return cast(CLIPTextEncoder | None, self._part("text2"))
+        return cast(CLIPTextEncoder | None, self.part("text2"))
 
     @property
     def bert(self) -> BERTEmbedder | None:
         """The text transformer of LDM's 1.45 B model."""
-        return cast(BERTEmbedder | None, self._part("bert"))
+        return cast(BERTEmbedder | None, self.part("bert"))
 
     @property
     def classes(self) -> ClassEmbedder | None:
         """The table of classes, for models conditioned on them through their context."""
-        return cast(ClassEmbedder | None, self._part("classes"))
+        return cast(ClassEmbedder | None, self.part("classes"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer | WordPiece | None:
@@ -178,9 +185,14 @@ class StableDiffusion:
         size: tuple[int, int] | None = None,
         original: tuple[int, int] | None = None,
         crop: tuple[int, int] = (0, 0),
+        dialect: encode.Dialect | None = None,
+        vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
     ) -> Conditioning:
         """Token-wise text features: `.context` is (b, tokens, width). Text beyond the context is cut.
 
+        dialect: reads weights in the prompts, "a1111" or "comfyui", and takes texts of any length, in rows of
+        the context's; None takes the words as they stand. vectors: the textual inversions that prompts of a
+        dialect may name, for each of "text" and "text2" (n, width).
         clip_skip: the layer of CLIP from the end, 1 the last (AUTOMATIC1111's numbering); None is the model's
         own, 1 but for SDXL's 2. size, original, crop: for SDXL's `.vector`, (height, width) in pixels of the
         picture and of what it was made from, (top, left) of what was cut off; None is `image_size`, and
@@ -192,6 +204,14 @@ class StableDiffusion:
         if self.text_encoder is None or not isinstance(tokenizer, Tokenizer):
             raise InputError(f"{self.name!r} has no text encoder", "Leave the prompt out.")
         skip = config.clip_skip if clip_skip is None else clip_skip
+        if dialect is not None:
+            second = self.text_encoder2
+            encoders = [self.text_encoder] if second is None else [self.text_encoder, second]
+            parts = ("text", "text2")[: len(encoders)]
+            own = {name: [given[part] for part in parts] for name, given in (vectors or {}).items()}
+            sizes = None if second is None else self._sizes(size, original, crop)
+            normed = config.text_normed
+            return encode.encode_weighted(prompts, tokenizer, encoders, skip, normed, sizes, dialect, own)
         if self.text_encoder2 is None:
             return encode.encode_prompts(
                 prompts, tokenizer, self.text_encoder, skip, config.text_normed
@@ -270,17 +290,18 @@ class StableDiffusion:
             return latents
         return self.autoencoder.decode((latents / self.latent_scale).to(self.device, self.dtype)).float()
 
-    def network(self, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def network(self, x: Tensor, t: Tensor, cond: Conditioning, patch: Patch | None = None) -> Tensor:
         """The network seam: x (b, c, ...), t (b,), conditions -> raw prediction like x."""
         self.check_pictures(cond)
         cond = cond.to(x.device, x.dtype)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
-        return self.unet(x, t, context=cond.context, vector=cond.vector)
+        return self.unet(x, t, context=cond.context, vector=cond.vector, patch=patch)
 
-    def predictor(self) -> Predictor:
-        """The model as a conditional denoiser P(x, sigma, cond) -> x0."""
-        return Predictor(self.network, self.schedule, self.prediction, self.dtype)
+    def predictor(self, patch: Patch | None = None) -> Predictor:
+        """The model as a conditional denoiser P(x, sigma, cond) -> x0; `patch`: see `sfumato.nn.patches`."""
+        network = self.network if patch is None else partial(self.network, patch=patch)
+        return Predictor(network, self.schedule, self.prediction, self.dtype)
 
     def check_pictures(self, cond: Conditioning) -> None:
         """`InputError` where the model is conditioned on a picture and `cond.concat` is not there."""
@@ -307,25 +328,9 @@ class StableDiffusion:
         """
         other = copy.copy(self)
         other._built = {}
-        other._build = lambda name: copy.deepcopy(cast(nn.Module, self._part(name))).float()
+        other._build = lambda name: copy.deepcopy(cast(nn.Module, self.part(name))).float()
         other._target = (self.device, torch.float32)
         return other
-
-    def _check_tokenizer(self) -> None:
-        config = self.config
-        if config.tokenizer in (clip_json(), clip_json("!")):
-            kind, size = Tokenizer, CLIP_VOCABULARY  # known without the time it takes to build it
-        else:
-            kind, size = type(self.tokenizer), self.tokenizer.vocab_size if self.tokenizer else 0
-        encoders = ((config.text, Tokenizer), (config.text2, Tokenizer), (config.bert, WordPiece))
-        for encoder, wanted in encoders:
-            if encoder is None or (wanted is WordPiece and not size):
-                continue  # BERT's vocabulary comes from its user, when there are prompts
-            if kind is not wanted or size > encoder.vocab_size:
-                raise InputError(
-                    f"the tokenizer has {size or 'no'} tokens, the text encoder {encoder.vocab_size}",
-                    "Give the tokenizer that the text encoder was trained with.",
-                )
 
     def _encode_wordpieces(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
         if not isinstance(self.tokenizer, WordPiece) or self.bert is None:

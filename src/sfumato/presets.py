@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Annotated, Any
@@ -21,6 +21,8 @@ from sfumato.nn.classes import ClassEmbedderConfig
 from sfumato.nn.clip import CLIPTextConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.encode import SIZES_WIDTH
+from sfumato.text.tokenizer import CLIP_VOCABULARY, Tokenizer, clip_json
+from sfumato.text.wordpiece import WordPiece
 
 FORMAT_VERSION = 1
 PARTS = ("unet", "autoencoder", "text", "text2", "bert", "classes")
@@ -196,3 +198,21 @@ def _numbers(value: Any) -> Iterator[float]:
 
 def _damaged(source: str, reason: str) -> CheckpointError:
     return CheckpointError(f"the description in {source} is damaged: {reason}", "Get the file again.")
+
+
+def check_tokenizer(config: ModelConfig, tokenizer: Callable[[], Tokenizer | WordPiece | None]) -> None:
+    """`InputError` where the text encoders do not know all tokens that the tokenizer gives."""
+    if config.tokenizer in (clip_json(), clip_json("!")):
+        kind, size = Tokenizer, CLIP_VOCABULARY  # known without the time it takes to build it
+    else:
+        own = tokenizer()
+        kind, size = type(own), own.vocab_size if own else 0
+    encoders = ((config.text, Tokenizer), (config.text2, Tokenizer), (config.bert, WordPiece))
+    for encoder, wanted in encoders:
+        if encoder is None or (wanted is WordPiece and not size):
+            continue  # BERT's vocabulary comes from its user, when there are prompts
+        if kind is not wanted or size > encoder.vocab_size:
+            raise InputError(
+                f"the tokenizer has {size or 'no'} tokens, the text encoder {encoder.vocab_size}",
+                "Give the tokenizer that the text encoder was trained with.",
+            )

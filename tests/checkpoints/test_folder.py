@@ -29,7 +29,7 @@ from sfumato.checkpoints.diffusers_stages import (
 from sfumato.checkpoints.diffusers_unet import unet_config, unet_values
 from sfumato.checkpoints.load import open_model
 from sfumato.checkpoints.naming import weight_file, weight_files
-from sfumato.diffusion.schedule import ScheduleConfig
+from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip import CLIPTextConfig
 from sfumato.presets import ModelConfig
@@ -343,6 +343,8 @@ SCHEDULES = [
     (ScheduleConfig(zero_terminal_snr=True), "v"),
     (ScheduleConfig(kind="betas", betas=(0.1, 0.2, 0.3), num_timesteps=3), "x0"),
     (ScheduleConfig(kind="cosine"), "eps"),
+    (ScheduleConfig(kind="sigmoid"), "eps"),
+    (ScheduleConfig(kind="sigmoid", zero_terminal_snr=True), "v"),
 ]
 
 
@@ -351,8 +353,10 @@ def test_schedules_come_back(tmp_path: Path, schedule: ScheduleConfig, predictio
     path = tmp_path / "scheduler_config.json"
     path.write_text(json.dumps(scheduler_values(schedule, prediction)))
     found = read_scheduler(path)
-    assert (found.prediction, found.schedule.kind) == (prediction, schedule.kind)
-    if schedule.kind != "betas":  # which beta_start and beta_end do not describe
+    listed = schedule.kind in ("betas", "sigmoid")  # the latter has no name in this class of theirs
+    assert (found.prediction, found.schedule.kind) == (prediction, "betas" if listed else schedule.kind)
+    torch.testing.assert_close(Schedule(found.schedule).sigmas, Schedule(schedule).sigmas)
+    if not listed:
         assert found.schedule == schedule
     assert found.defaults["spacing"] == ("trailing" if schedule.zero_terminal_snr else "leading")
 

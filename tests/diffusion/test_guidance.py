@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sfumato.conditioning import Conditioning
-from sfumato.diffusion.guidance import cfg, guided
+from sfumato.diffusion.guidance import cfg, composed, guided, image_cfg
 from sfumato.diffusion.prediction import Predictor
 from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.errors import InputError
@@ -147,3 +147,67 @@ def test_a_missing_branch_is_named(predictor: Predictor) -> None:
     with pytest.raises(InputError, match="needs the branch 'uncond'"):
         denoise(X, SIGMA)
     assert torch.equal(guided({"cond": (predictor, COND)}, cfg(1.0))(X, SIGMA), predictor(X, SIGMA, COND))
+
+
+def test_parts_are_the_guided_and_the_unguided(network: CountingNetwork, predictor: Predictor) -> None:
+    denoise = guided({"cond": (predictor, COND), "uncond": (predictor, UNCOND)}, cfg(7.5))
+    guided_x0, unguided = denoise.parts(X, SIGMA)
+    assert network.batches == [4]
+    assert torch.equal(guided_x0, denoise(X, SIGMA))
+    torch.testing.assert_close(unguided, predictor(X, SIGMA, UNCOND), rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("batched", "passes"), [(True, [4]), (False, [1] * 4)])
+def test_parts_evaluate_the_unguided_where_guidance_does_without(
+    network: CountingNetwork, predictor: Predictor, batched: bool, passes: list[int]
+) -> None:
+    branches = {"cond": (predictor, COND), "uncond": (predictor, UNCOND)}
+    guided_x0, unguided = guided(branches, cfg(1.0), batched=batched).parts(X, SIGMA)
+    assert network.batches == passes
+    torch.testing.assert_close(guided_x0, predictor(X, SIGMA, COND), rtol=0, atol=1e-14)
+    torch.testing.assert_close(unguided, predictor(X, SIGMA, UNCOND), rtol=0, atol=1e-14)
+    network.batches.clear()
+    alone = guided({"uncond": (predictor, UNCOND)}, cfg(0.0), batched=batched).parts(X, SIGMA)
+    assert torch.equal(alone[0], alone[1]) and sum(network.batches) == 2
+    with pytest.raises(InputError, match="needs the branch 'uncond'"):
+        guided({"cond": (predictor, COND)}, cfg(1.0)).parts(X, SIGMA)
+
+
+def test_rows_are_those_images_alone(network: CountingNetwork, predictor: Predictor) -> None:
+    denoise = guided({"cond": (predictor, COND), "uncond": (predictor, UNCOND)}, cfg(4.0))
+    together = denoise(X, SIGMA)
+    network.batches.clear()
+    second = denoise.rows(1, 2)
+    torch.testing.assert_close(second(X[1:], SIGMA), together[1:], rtol=0, atol=1e-14)
+    assert network.batches == [2]
+    torch.testing.assert_close(second.parts(X[1:], SIGMA)[0], together[1:], rtol=0, atol=1e-14)
+    assert (denoise.rows(0, 1)(X[1:], SIGMA) - together[1:]).abs().max() > 0.01
+
+
+def test_composed_conditions(network: CountingNetwork, predictor: Predictor) -> None:
+    """uncond + scale * sum of weights * (cond_i - uncond), in one pass; those of weight 0 are left out."""
+    conds = {"cond": COND, "cond1": NEGATIVE, "cond2": context(6), "uncond": UNCOND}
+    x0 = {name: predictor(X, SIGMA, cond) for name, cond in conds.items()}
+    network.batches.clear()
+    branches = {name: (predictor, cond) for name, cond in conds.items()}
+    got = guided(branches, composed(5.0, [0.7, -0.4, 0.0]))(X, SIGMA)
+    assert network.batches == [6]
+    unguided = x0["uncond"]
+    expected = unguided + 5 * (0.7 * (x0["cond"] - unguided) - 0.4 * (x0["cond1"] - unguided))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    assert composed(1.0, [0.3, 0.7]).needs(SIGMA) == ["cond", "cond1"]
+    assert len(composed(1.0, [1 / 49] * 49).needs(SIGMA)) == 49  # whose sum is 1 but for rounding
+    assert composed(0.0, [0.3, 0.7]).needs(SIGMA) == ["uncond"]
+    assert composed(7.5, [1.0]) == cfg(7.5)
+    with pytest.raises(InputError, match="no conditions"):
+        composed(7.5, [])
+
+
+def test_guidance_by_text_and_picture(predictor: Predictor) -> None:
+    branches = {"cond": (predictor, COND), "image": (predictor, NEGATIVE), "uncond": (predictor, UNCOND)}
+    cond, image, uncond = (predictor(X, SIGMA, one) for _, one in branches.values())
+    got = guided(branches, image_cfg(7.5, 1.5))(X, SIGMA)
+    expected = uncond + 1.5 * (image - uncond) + 7.5 * (cond - image)
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
+    assert image_cfg(7.5, 7.5).needs(SIGMA) == ["cond", "uncond"]
+    assert image_cfg(7.5, 1.0).needs(SIGMA) == ["cond", "image"]

@@ -1,23 +1,30 @@
-"""Every sampler against its reference scheduler, LDM's DDIM and the printed DDPM loop, noise for noise."""
+"""Deterministic and ancestral samplers against the reference library's schedulers, noise for noise."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from diffusers.schedulers.scheduling_deis_multistep import DEISMultistepScheduler
 from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+from diffusers.schedulers.scheduling_dpmsolver_singlestep import DPMSolverSinglestepScheduler
 from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_heun_discrete import HeunDiscreteScheduler
+from diffusers.schedulers.scheduling_ipndm import IPNDMScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_ancestral_discrete import KDPM2AncestralDiscreteScheduler
+from diffusers.schedulers.scheduling_k_dpm_2_discrete import KDPM2DiscreteScheduler
+from diffusers.schedulers.scheduling_lms_discrete import LMSDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 from torch import Tensor
 
-from sfumato.conditioning import Conditioning
-from sfumato.diffusion.prediction import Predictor
 from sfumato.diffusion.samplers import SAMPLERS, Step
 from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.diffusion.spacing import SPACINGS, trailing
@@ -26,6 +33,9 @@ Denoise = Callable[[Tensor, float], Tensor]
 SD1 = Schedule(ScheduleConfig())
 OPTIONS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (2, 3, 4, 4)
+pytestmark = pytest.mark.filterwarnings("ignore:__array:DeprecationWarning")  # its use of numpy
+BAR = 1e-5  # of relative difference from the reference library, whose tables and steps may be float32
+GRIDS = ["karras", "uniform"]
 
 
 def tape(steps: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -55,6 +65,36 @@ def exact(scheduler: Any) -> Any:
     return scheduler
 
 
+def difference(got: Tensor, expected: Tensor) -> float:
+    """The largest difference, relative to the largest value expected."""
+    assert got.isfinite().all()
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def no_noise(sigma: float, target: float) -> Tensor:
+    raise AssertionError("drew noise")
+
+
+def grid(name: str, steps: int = 20, end: float = 0.0) -> list[float]:
+    """Levels of that many steps, the last one replaced."""
+    return [*SPACINGS[name](SD1, steps).sigmas[:-1], end]
+
+
+def above_zero(name: str, steps: int = 20) -> list[float]:
+    """Levels of that many steps that end at the smallest level above 0."""
+    return SPACINGS[name](SD1, steps + 1).sigmas[:-1]
+
+
+def prepared(scheduler_class: Any, sigmas: list[float], **options: Any) -> Any:
+    """A scheduler that steps along `sigmas`, in float64 as far as it can."""
+    scheduler = scheduler_class(**OPTIONS, **options)
+    scheduler.set_timesteps(len(sigmas) - 1)
+    scheduler.sigmas = torch.tensor(sigmas, dtype=torch.float64)
+    scheduler.timesteps = torch.linspace(999, 0, len(sigmas) - 1, dtype=torch.float64)
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
 def run_exploding(scheduler: Any, denoise: Denoise, x: Tensor) -> Tensor:
     """A diffusers loop in sigma coordinates."""
     for t in scheduler.timesteps:
@@ -62,6 +102,15 @@ def run_exploding(scheduler: Any, denoise: Denoise, x: Tensor) -> Tensor:
         sigma = float(scheduler.sigmas[scheduler.step_index])
         x = scheduler.step((x - denoise(x, sigma)) / sigma, t, x).prev_sample
     return x
+
+
+def run_preserving(scheduler: Any, sigmas: list[float], denoise: Denoise, x: Tensor) -> Tensor:
+    """A diffusers loop in the network's coordinates; x in and out are in sigma coordinates."""
+    x = x / math.sqrt(1 + sigmas[0] ** 2)
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        exploding = x * math.sqrt(1 + sigma**2)
+        x = scheduler.step((exploding - denoise(exploding, sigma)) / sigma, t, x).prev_sample
+    return x * math.sqrt(1 + sigmas[-1] ** 2)
 
 
 @pytest.mark.parametrize("steps", [20, 50, 1000])
@@ -118,119 +167,172 @@ def test_ddim(mixture: Denoise, steps: int, eta: float, name: Any) -> None:
     torch.testing.assert_close(step.x / math.sqrt(1 + step.target**2), expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("karras", [False, True])
-@pytest.mark.parametrize(
-    ("name", "scheduler_class"),
-    [
-        ("euler", EulerDiscreteScheduler),
-        ("heun", HeunDiscreteScheduler),
-        ("dpmpp_2m", DPMSolverMultistepScheduler),
-    ],
-)
-def test_deterministic(name: str, scheduler_class: Any, karras: bool, mixture: Denoise) -> None:
-    scheduler = scheduler_class(**OPTIONS, use_karras_sigmas=karras)
-    scheduler.set_timesteps(12)
-    sigmas = [float(sigma) for sigma in scheduler.sigmas]
-    if name == "heun":
-        sigmas = [*sigmas[:-1:2], 0.0]  # every level but the first and the last is listed twice there
-    x = tape(0, torch.float32)[0]
-    if name == "dpmpp_2m":
-        expected = x
-        for i, t in enumerate(scheduler.timesteps):
-            alpha = 1 / math.sqrt(1 + sigmas[i] ** 2)
-            eps = (expected / alpha - mixture(expected / alpha, sigmas[i])) / sigmas[i]
-            expected = scheduler.step(eps, t, expected).prev_sample
-        start = x * math.sqrt(1 + sigmas[0] ** 2)
-    else:
-        start = x * sigmas[0]
-        expected = run_exploding(scheduler, mixture, start)
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize("end", [0.0, 0.02])
+def test_euler_and_heun(spacing: str, end: float, mixture: Denoise) -> None:
+    sigmas = grid(spacing, end=end)
+    start = tape(0)[0] * sigmas[0]
+    expected = run_exploding(prepared(EulerDiscreteScheduler, sigmas), mixture, start)
+    assert difference(last(SAMPLERS["euler"](mixture, start, sigmas, no_noise)).x, expected) < BAR
 
-    def no_noise(sigma: float, target: float) -> Tensor:
-        raise AssertionError("drew noise")
-
-    got = last(SAMPLERS[name](mixture, start, sigmas, no_noise)).x
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    scheduler = prepared(HeunDiscreteScheduler, sigmas)  # every level but the first is listed twice there
+    scheduler.sigmas = torch.tensor([sigmas[0], *[sigma for sigma in sigmas[1:] for _ in range(2)]])
+    scheduler.sigmas = scheduler.sigmas.double()
+    scheduler.timesteps = torch.linspace(999, 0, 2 * len(sigmas) - 2 - (end == 0), dtype=torch.float64)
+    expected = run_exploding(scheduler, mixture, start)
+    assert difference(last(SAMPLERS["heun"](mixture, start, sigmas, no_noise)).x, expected) < BAR
 
 
 def test_euler_ancestral(monkeypatch: pytest.MonkeyPatch, mixture: Denoise) -> None:
-    noise = tape(15, torch.float32)
-    scheduler = EulerAncestralDiscreteScheduler(**OPTIONS)
-    scheduler.set_timesteps(15)
+    noise, sigmas = tape(20), grid("uniform")
+    scheduler = prepared(EulerAncestralDiscreteScheduler, sigmas)
     drawn_from(monkeypatch, scheduler, noise)
-    sigmas = [float(sigma) for sigma in scheduler.sigmas]
     expected = run_exploding(scheduler, mixture, noise[0] * sigmas[0])
     got = last(SAMPLERS["euler_a"](mixture, noise[0] * sigmas[0], sigmas, play(noise))).x
-    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5)
+    assert difference(got, expected) < BAR
 
 
-def network(x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    """A fixed float64 network of two layers with a timestep embedding; it predicts nothing well."""
-    generator = torch.Generator().manual_seed(11)
-    first, second = torch.randn(2, 3, 3, generator=generator, dtype=torch.float64)
-    hidden = torch.tanh(
-        torch.einsum("ij,bjhw->bihw", first, x) + torch.sin(t.double() / 50)[:, None, None, None]
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_dpm2(monkeypatch: pytest.MonkeyPatch, eta: float, spacing: str, mixture: Denoise) -> None:
+    """With the reference's tables in float64; both take the middle between logarithms of levels."""
+    noise, sigmas = tape(20), grid(spacing)
+    up = [eta * low * math.sqrt(1 - (low / high) ** 2) for high, low in pairwise(sigmas)]
+    down = [math.sqrt(low**2 - added**2) for low, added in zip(sigmas[1:], up, strict=True)]
+    middles = [math.sqrt(high * low) for high, low in zip(sigmas, down, strict=False)]
+    scheduler = prepared(KDPM2AncestralDiscreteScheduler if eta else KDPM2DiscreteScheduler, sigmas)
+
+    def twice(values: list[float]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64).repeat_interleave(2)
+
+    scheduler.sigmas = twice(sigmas)[1:]
+    scheduler.sigmas_interpol = twice(middles)[1:] if eta else twice([sigmas[0], *middles])[1:]
+    if eta:
+        scheduler.sigmas_up, scheduler.sigmas_down = twice([*up, 0.0])[1:], twice([*down, 0.0])[1:]
+        drawn_from(monkeypatch, scheduler, noise)
+    start = x = noise[0] * sigmas[0]
+    visited = [level for pair in zip(sigmas, middles, strict=False) for level in pair][:-1]
+    scheduler.timesteps = torch.linspace(999, 0, len(visited), dtype=torch.float64)
+    for sigma, t in zip(visited, scheduler.timesteps, strict=True):
+        x = scheduler.step((x - mixture(x, sigma)) / sigma, t, x).prev_sample
+    got = SAMPLERS["dpm2_a"](mixture, start, sigmas, play(noise), eta=eta)
+    assert difference(last(got).x, x) < BAR
+    if eta == 0:
+        assert difference(last(SAMPLERS["dpm2"](mixture, start, sigmas, no_noise)).x, x) < BAR
+
+
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+def test_lms(order: int, spacing: str, mixture: Denoise) -> None:
+    """On levels above 0: the reference takes the last step, to 0, in full order."""
+    sigmas = above_zero(spacing)
+    start = x = tape(0)[0] * sigmas[0]
+    scheduler = prepared(LMSDiscreteScheduler, sigmas)
+    scheduler.is_scale_input_called = True
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        x = scheduler.step((x - mixture(x, sigma)) / sigma, t, x, order=order).prev_sample
+    for name in ("lms", "ipndm_v"):
+        got = last(SAMPLERS[name](mixture, start, sigmas, no_noise, order=order)).x
+        assert difference(got, x) < BAR
+
+
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize("end", [0.0, 0.02])
+def test_dpmpp_2m(spacing: str, end: float, mixture: Denoise) -> None:
+    sigmas = grid(spacing, end=end)
+    start = tape(0)[0] * sigmas[0]
+    kind = "sigma_min" if end else "zero"  # with "zero" its last step is Euler's
+    scheduler = prepared(
+        DPMSolverMultistepScheduler, sigmas, final_sigmas_type=kind, lower_order_final=end == 0
     )
-    return 0.7 * x + 0.5 * torch.einsum("ij,bjhw->bihw", second, hidden)
+    expected = run_preserving(scheduler, sigmas, mixture, start)
+    assert difference(last(SAMPLERS["dpmpp_2m"](mixture, start, sigmas, no_noise)).x, expected) < BAR
 
 
-@pytest.mark.parametrize(
-    "config",
-    [ScheduleConfig("linear", 200, 1e-4, 0.02), ScheduleConfig("linear", 1000, 1e-4, 0.02), ScheduleConfig()],
-    ids=["short", "ddpm", "stable diffusion"],
-)
-def test_ddpm_is_the_printed_loop(config: ScheduleConfig) -> None:
-    """Ho et al. 2020, algorithm 2, as textbooks print it: t from T - 1 to 0, and z = 0 at the end."""
-    schedule = Schedule(config)
-    steps = schedule.num_timesteps
-    noise = tape(steps)
-    values = iter(noise[1:])
-    x_t = noise[0]
-    for t_step in reversed(range(steps)):
-        z = next(values) if t_step > 0 else 0
-        alpha, beta, abar = (
-            row[t_step] for row in (schedule.alphas, schedule.betas, schedule.alphas_cumprod)
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize(("variant", "end"), [("bh1", 0.02), ("bh2", 0.02), ("bh2", 0.0)])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_unipc(variant: str, order: int, end: float, spacing: str, mixture: Denoise) -> None:
+    """The reference's bh1 is not a number at 0."""
+    sigmas = grid(spacing, end=end)
+    start = tape(0)[0] * sigmas[0]
+    for lower in (True, False) if end else (True,):
+        scheduler = prepared(
+            UniPCMultistepScheduler, sigmas, solver_order=order, solver_type=variant, lower_order_final=lower
         )
-        eps = network(x_t, torch.full((SHAPE[0],), t_step), Conditioning())
-        x_t = torch.sqrt(1 / alpha) * (x_t - (1 - alpha) * eps / torch.sqrt(1 - abar)) + torch.sqrt(beta) * z
-
-    predictor = Predictor(network, schedule, "eps")
-    row = SAMPLERS["ddpm"]
-    spacing = SPACINGS[row.spacing](schedule, steps)
-    got = last(
-        row(
-            lambda x, sigma: predictor(x, sigma, Conditioning()),
-            noise[0] * spacing.start_scale,
-            spacing.sigmas,
-            play(noise),
-        )
-    ).x
-    assert x_t.abs().max() > 0.5
-    torch.testing.assert_close(got, x_t, rtol=0, atol=1e-10)
+        expected = run_preserving(scheduler, sigmas, mixture, start)
+        options = {"variant": variant, "order": order, "lower_order_final": lower}
+        got = last(SAMPLERS["unipc"](mixture, start, sigmas, no_noise, **options)).x
+        assert difference(got, expected) < BAR
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-def test_ddim_is_the_formula_of_latent_diffusion(eta: float) -> None:
-    """Song et al. 2021, eq. 12 and 16, on timesteps 1, 1 + r ... and at timestep 0 after the last step."""
-    steps = 40
-    noise = tape(steps)
-    values = iter(noise[1:])
-    chain = [1 + 25 * i for i in range(steps)]
-    before = [0, *chain[:-1]]
-    x = noise[0]
-    for t, t_before in zip(reversed(chain), reversed(before), strict=True):
-        a, a_before = SD1.alphas_cumprod[t].item(), SD1.alphas_cumprod[t_before].item()
-        eps = network(x, torch.full((SHAPE[0],), t), Conditioning())
-        x0 = (x - math.sqrt(1 - a) * eps) / math.sqrt(a)
-        deviation = eta * math.sqrt((1 - a_before) / (1 - a) * (1 - a / a_before))
-        direction = math.sqrt(1 - a_before - deviation**2) * eps
-        x = math.sqrt(a_before) * x0 + direction + deviation * next(values)
+def test_unipc_variants_differ(mixture: Denoise) -> None:
+    sigmas = grid("uniform", 6)
+    start = tape(0)[0] * sigmas[0]
+    ends = [last(SAMPLERS["unipc"](mixture, start, sigmas, no_noise, variant=v)).x for v in ("bh1", "bh2")]
+    assert difference(ends[0], ends[1]) > 1e-4
 
-    predictor = Predictor(network, SD1, "eps")
-    row = SAMPLERS["ddim"]
+
+@pytest.mark.parametrize("spacing", GRIDS)
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_deis(order: int, spacing: str, mixture: Denoise) -> None:
+    sigmas = above_zero(spacing)
+    start = tape(0)[0] * sigmas[0]
+    scheduler = prepared(DEISMultistepScheduler, sigmas, solver_order=order, lower_order_final=False)
+    expected = run_preserving(scheduler, sigmas, mixture, start)
+    got = last(SAMPLERS["deis"](mixture, start, sigmas, no_noise, order=order)).x
+    assert difference(got, expected) < BAR
+
+
+@pytest.mark.parametrize("steps", [10, 20])
+def test_plms(steps: int, mixture: Denoise) -> None:
+    scheduler = exact(PNDMScheduler(**OPTIONS, skip_prk_steps=True, steps_offset=1))
+    scheduler.final_alpha_cumprod = SD1.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    expected = tape(0)[0]
+    assert len(scheduler.timesteps) == steps + 1
+    for t in scheduler.timesteps:
+        sigma = SD1.sigma(int(t))
+        exploding = expected * math.sqrt(1 + sigma**2)
+        eps = (exploding - mixture(exploding, sigma)) / sigma
+        expected = scheduler.step(eps, t, expected).prev_sample
+    row = SAMPLERS["plms"]
     spacing = SPACINGS[row.spacing](SD1, steps)
-    start = noise[0] * spacing.start_scale
-    step = last(
-        row(lambda x, s: predictor(x, s, Conditioning()), start, spacing.sigmas, play(noise), eta=eta)
+    step = last(row(mixture, tape(0)[0] * spacing.start_scale, spacing.sigmas, no_noise))
+    assert difference(step.x / math.sqrt(1 + step.target**2), expected) < BAR
+
+
+@pytest.mark.parametrize("spacing", GRIDS)
+def test_ipndm(spacing: str, mixture: Denoise) -> None:
+    """The reference's own times are another model's: it gets the amplitudes of ours, and v."""
+    sigmas = above_zero(spacing)
+    scheduler: Any = IPNDMScheduler()
+    scheduler.set_timesteps(len(sigmas) - 1)
+    levels = torch.tensor(sigmas, dtype=torch.float64)
+    scheduler.alphas, scheduler.betas = 1 / (1 + levels**2).sqrt(), levels / (1 + levels**2).sqrt()
+    start = tape(0)[0] * sigmas[0]
+    expected = start * scheduler.alphas[0]
+    for i, t in enumerate(scheduler.timesteps):
+        alpha, beta = scheduler.alphas[i], scheduler.betas[i]
+        v = (alpha * expected - mixture(expected / alpha, sigmas[i])) / beta
+        expected = scheduler.step(v, t, expected).prev_sample
+    got = last(SAMPLERS["ipndm"](mixture, start, sigmas, no_noise)).x
+    assert difference(got * scheduler.alphas[-1], expected) < BAR
+
+
+def test_dpmpp_2s_without_noise(mixture: Denoise) -> None:
+    """The reference's single steps go through levels of the grid: it gets the middles as such."""
+    sigmas = above_zero("karras")
+    middles = [math.sqrt(high * low) for high, low in pairwise(sigmas)]
+    both = [level for pair in zip(sigmas, middles, strict=False) for level in pair] + sigmas[-1:]
+    scheduler = prepared(
+        DPMSolverSinglestepScheduler,
+        both,
+        solver_order=2,
+        lower_order_final=False,
+        final_sigmas_type="sigma_min",
     )
-    assert step.target == SD1.sigma_min
-    torch.testing.assert_close(step.x / math.sqrt(1 + step.target**2), x, rtol=0, atol=1e-10)
+    start = tape(0)[0] * sigmas[0]
+    expected = run_preserving(scheduler, both, mixture, start)
+    got = last(SAMPLERS["dpmpp_2s_a"](mixture, start, sigmas, no_noise, eta=0.0)).x
+    assert difference(got, expected) < BAR

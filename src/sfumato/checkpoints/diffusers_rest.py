@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +20,7 @@ from sfumato.checkpoints.schema import (
     read_json,
     read_text,
 )
-from sfumato.diffusion.schedule import ScheduleConfig
+from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.errors import CheckpointError
 from sfumato.text.tokenizer import (
     CLIP_CONTEXT_LENGTH,
@@ -56,6 +56,7 @@ KINDS = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
     "squaredcos_cap_v2": "cosine",
+    "sigmoid": "sigmoid",
 }
 PREDICTIONS = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 SPACINGS = {"leading": "leading", "trailing": "trailing", "linspace": "uniform"}
@@ -116,11 +117,14 @@ def read_scheduler(path: Path) -> Scheduling:
 def scheduler_values(schedule: ScheduleConfig, prediction: str) -> dict[str, Any]:
     """A DDIMScheduler's config; `set_alpha_to_one` and `steps_offset` are Stable Diffusion's."""
     backwards = {ours: theirs for theirs, ours in KINDS.items()}
+    betas = schedule.betas
+    if schedule.kind == "sigmoid":  # which DDIMScheduler does not know by name
+        betas = Schedule(replace(schedule, zero_terminal_snr=False)).betas.tolist()
     return {
         "_class_name": "DDIMScheduler",
         "_diffusers_version": WRITTEN_FOR,
         "beta_end": schedule.beta_end,
-        "beta_schedule": backwards.get(schedule.kind, "linear"),
+        "beta_schedule": "linear" if betas else backwards[schedule.kind],
         "beta_start": schedule.beta_start,
         "clip_sample": False,
         "num_train_timesteps": schedule.num_timesteps,
@@ -129,7 +133,7 @@ def scheduler_values(schedule: ScheduleConfig, prediction: str) -> dict[str, Any
         "set_alpha_to_one": False,
         "steps_offset": 1,
         "timestep_spacing": "trailing" if schedule.zero_terminal_snr else "leading",
-        "trained_betas": None if schedule.betas is None else list(schedule.betas),
+        "trained_betas": None if betas is None else list(betas),
     }
 
 

@@ -72,6 +72,24 @@ def application() -> App:
         name="convert",
         help="Write a model in another layout or number format.",
     )
+    app.command("sfumato.cli.prompt:prompt", name="prompt", help="Show what a prompt means, step by step.")
+    app.command(
+        "sfumato.cli.samplers:samplers",
+        name="samplers",
+        help="List samplers and spacings with their options and papers.",
+    )
+    plot = App(name="plot", help="Draw charts.")
+    plot.command(
+        "sfumato.cli.plot_schedule:plot_schedule",
+        name="schedule",
+        help="Draw the noise levels of spacings over the steps.",
+    )
+    plot.command(
+        "sfumato.cli.plot_samplers:plot_samplers",
+        name="samplers",
+        help="Draw how fast samplers converge on a model.",
+    )
+    app.command(plot)
     data = App(name="data", help="Make training data.")
     build = App(name="build", help="Build a set of captioned pictures.")
     build.command(

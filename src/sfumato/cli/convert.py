@@ -29,6 +29,18 @@ def convert(
     force: Annotated[
         bool, Parameter(negative=(), show_default=False, help="Replace OUT where it is there already.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        Parameter(
+            metavar="LORA",
+            negative=(),
+            help="Merge this LoRA's file, or its name in --lora-dir: FILE, FILE:0.8, or FILE:0.8:0.5 for "
+            "U-Net and text encoders. May be given several times.",
+        ),
+    ] = None,
+    lora_dir: Annotated[
+        Path | None, Parameter(metavar="FOLDER", help="Where --lora finds names, in folders below it too.")
+    ] = None,
     vae: Vae = None,
     prediction: Prediction = None,
     ema: Ema = False,
@@ -39,6 +51,7 @@ def convert(
 ) -> None:
     """Write a model in another layout; tensors that both layouts hold stay bit-equal, the rest is listed."""
     # These import torch, which a help text can do without.
+    from sfumato.checkpoints.addons import merged, read_weighted
     from sfumato.checkpoints.convert import check_out
     from sfumato.checkpoints.convert import convert as write
     from sfumato.checkpoints.load import open_model
@@ -46,17 +59,21 @@ def convert(
     from sfumato.runtime import DTYPES
 
     check_out(out, layout, force)
+    loras = [read_weighted(text, lora_dir) for text in lora or ()]
     opened = open_model(
         source, vae=vae, prediction=prediction, ema=ema, offline=offline, revision=revision,
         variant=variant, vocab=vocab,
     ).opened  # fmt: skip
     done = write(
-        opened, out, layout=layout, dtype=None if dtype is None else DTYPES[dtype], only=only, force=force
-    )
+        merged(opened, loras), out, layout=layout, dtype=None if dtype is None else DTYPES[dtype],
+        only=only, force=force,
+    )  # fmt: skip
     print(f"{done.path}: {done.layout}, {done.size / 1e9:.2f} GB, {opened.family}")
     for part, count in done.parts.items():
         print(f"  {part}: {count} tensors")
     for rule, names in done.left_out.items():
         print(f"  left out, {rule}: {len(names)} tensors ({some(list(names))})")
+    for each in loras:
+        print(f"  merged, {each.lora.name}: U-Net {each.unet:g}, text encoders {each.text:g}")
     if opened.config.unet is not None and only is None:
         print(f"prediction {opened.config.prediction}: {opened.evidence}", file=sys.stderr)

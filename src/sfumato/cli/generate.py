@@ -1,11 +1,11 @@
-"""`sfumato generate`: pictures from a prompt into PNG files."""
+"""`sfumato generate`: pictures from a prompt, or from many, into files that carry their recipes."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -19,7 +19,7 @@ from sfumato.cli.options import (
     Vocab,
     takes_request,
 )
-from sfumato.cli.progress import progress_line
+from sfumato.errors import InputError
 from sfumato.request import Request
 
 
@@ -27,10 +27,34 @@ from sfumato.request import Request
 def generate(
     request: Request,
     *,
-    output: Annotated[Path | None, Parameter(alias="-o", help="File (.png) or folder to write.")] = None,
+    output: Annotated[
+        Path | None, Parameter(alias="-o", help="File (.png, .jpg, .webp) or folder to write.")
+    ] = None,
+    format: Annotated[
+        Literal["png", "jpg", "webp"] | None,
+        Parameter(help="Format, where no file's name says it; png if nothing does."),
+    ] = None,
+    quality: Annotated[
+        int, Parameter(metavar="INT", help="1 to 100, of jpg and webp; at 100 webp loses nothing.")
+    ] = 95,
     grid: Annotated[
         bool, Parameter(negative=(), show_default=False, help="Also write one sheet of all pictures.")
     ] = False,
+    matrix: Annotated[
+        bool,
+        Parameter(
+            negative=(),
+            show_default=False,
+            help="Draw 'a|b|c' as every choice of b and c behind a, with equal seeds.",
+        ),
+    ] = False,
+    from_file: Annotated[
+        Path | None,
+        Parameter(
+            metavar="FILE",
+            help="Draw the prompt of each line, which may set options: a fox --seed 3 --steps 20.",
+        ),
+    ] = None,
     model: Annotated[
         str | None,
         Parameter(
@@ -51,28 +75,51 @@ def generate(
     """Draw pictures from a prompt."""
     started = time.perf_counter()
     # These import torch, which a help text can do without.
-    from sfumato.cli.outputs import place, save
-    from sfumato.generation import Notes, complete, finish, stream
+    from sfumato.cli.draw import drawn
+    from sfumato.cli.outputs import check_recipe, picture_place, save, save_sheet
+    from sfumato.generation import complete
     from sfumato.model import load
 
-    folder, stem = place(output)
-
+    requests = _requests(request, from_file, matrix)
+    where = picture_place(output, format, quality)
+    for each in requests:
+        check_recipe(each, where)
     loaded = load(
         model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, offline=offline,
         revision=revision, variant=variant, vocab=vocab,
     )  # fmt: skip
-    request, notes = complete(loaded, request), Notes()
-    steps = stream(loaded, request, notes)
-    for warning in notes.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    assert request.steps is not None
-    show, last = progress_line("drawing"), None
-    for last in steps:
-        show(last.index + 1, request.steps)
-    assert last is not None
-    result = finish(loaded, request, last, notes, 0.0)
-    for path in save(result, folder, stem, grid):
-        print(path)
-    count = f"{len(result.images)} pictures" if len(result.images) > 1 else "1 picture"
+    plans = [complete(loaded, each) for each in requests]
+    if matrix:
+        plans = [plan.model_copy(update={"seed": plans[0].seed}) for plan in plans]
+    results = []
+    for index, plan in enumerate(plans):
+        result = drawn(loaded, plan, f"drawing {index + 1}/{len(plans)}" if len(plans) > 1 else "drawing")
+        own = where if len(plans) == 1 else where.numbered(index, len(plans))
+        for path in save(result, own, grid and len(plans) == 1):
+            print(path)
+        if grid and len(plans) > 1:
+            results.append(result)
+    if results:
+        print(save_sheet(results, where, request.prompt if matrix else None))
+    drawings = sum(plan.num_images for plan in plans)
+    count = f"{drawings} pictures" if drawings > 1 else "1 picture"
     seconds = time.perf_counter() - started
-    print(f"{count} in {seconds:.1f} s, seed {request.seed}, {loaded.name}", file=sys.stderr)
+    seed = f"seed {plans[0].seed}, " if len({plan.seed for plan in plans}) == 1 else ""
+    print(f"{count} in {seconds:.1f} s, {seed}{loaded.name}", file=sys.stderr)
+
+
+def _requests(request: Request, from_file: Path | None, matrix: bool) -> list[Request]:
+    """What a request, a file of prompts, or a prompt matrix asks for."""
+    from sfumato.recipes import prompts  # imports torch, as above
+
+    if matrix and from_file is not None:
+        raise InputError("--matrix and --from-file are both given", "Give one of them.")
+    if from_file is not None:
+        if request.prompt is not None:
+            raise InputError("a prompt and --from-file are both given", "Give one of them.")
+        return prompts.read_prompts(from_file, request)
+    if not matrix:
+        return [request]
+    if not request.prompt:
+        raise InputError("--matrix has no prompt", "Give one such as 'a fox|in snow|at night'.")
+    return [prompts.with_values(request, {"prompt": text}) for text in prompts.matrix(request.prompt)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -49,16 +49,21 @@ def takes_request(command: Callable[..., None]) -> Callable[..., None]:
 
 def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
     kind = _plain_type(field.annotation)
+    extra = field.json_schema_extra
+    group = extra.get("group") if isinstance(extra, Mapping) else None
+    group = str(group or "Parameters")
     if kind is bool:
         answer = bool if field.default is not None else bool | None
-        annotation = Annotated[answer, Parameter(help=field.description, show_default=False)]
+        annotation = Annotated[answer, Parameter(help=field.description, show_default=False, group=group)]
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
         )
     # A text, for `Request` to read; one that is not given stays out of the request.
-    told = field.default not in (None, "")
+    told = isinstance(field.default, int | float | str) and field.default != ""
     text = f"{field.description} [default: {field.default}]" if told else field.description
-    annotation = Annotated[str | None, Parameter(help=text, show_default=False, metavar=_metavar(kind))]
+    annotation = Annotated[
+        str | None, Parameter(help=text, show_default=False, metavar=_metavar(kind), group=group)
+    ]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -75,6 +80,8 @@ def _metavar(kind: Any) -> str:
     """The word for a value in the help text; a field that takes anything takes a file here."""
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
+    if get_origin(kind) in (dict, tuple):
+        return "TEXT"
     return {str: "TEXT", int: "INT", float: "FLOAT"}.get(kind, "FILE")
 
 

@@ -15,10 +15,12 @@ from torch import Tensor
 
 from sfumato import errors
 
-KINDS = ("scaled_linear", "linear", "cosine", "betas")
+KINDS = ("scaled_linear", "linear", "sigmoid", "cosine", "betas")
+ALIASES = {"squaredcos_cap_v2": "cosine"}  # other tools' names -> ours
 TERMINAL_ABAR = 2.0**-24  # in place of the 0 of Lin et al. 2024, so that sigma stays finite: sigma_max = 4096
 COSINE_OFFSET = 0.008  # Nichol and Dhariwal 2021, eq. 17
 COSINE_BETA_MAX = 0.999  # Nichol and Dhariwal 2021, below eq. 17
+SIGMOID_REACH = 6.0  # Xu et al. 2022 (GeoDiff): beta follows the logistic function between -6 and 6
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class ScheduleConfig:
     """How much noise each timestep holds; the defaults are Stable Diffusion 1's.
 
     kind: "scaled_linear" (linear in sqrt(beta): LDM calls it "linear"), "linear" (linear in beta: DDPM's, LDM
-    calls it "sqrt_linear"), "cosine" (reads no beta_*), or "betas" (the given values, one per timestep).
+    calls it "sqrt_linear"), "sigmoid" (beta_start + (beta_end - beta_start) / (1 + exp(-u)), u evenly from -6
+    to 6), "cosine" (Nichol and Dhariwal's squared cosine, "squaredcos_cap_v2" to diffusers; reads no beta_*),
+    or "betas" (the given values, one per timestep).
     zero_terminal_snr: rescale so that the last timestep is pure noise (Lin et al. 2024, algorithm 1).
     """
 
@@ -38,6 +42,7 @@ class ScheduleConfig:
     zero_terminal_snr: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "kind", ALIASES.get(self.kind, self.kind))
         if self.kind not in KINDS:
             hint = errors.nearest(self.kind, KINDS)
             raise errors.InputError(f"there is no schedule kind {self.kind!r}", hint)
@@ -142,6 +147,9 @@ def _betas(config: ScheduleConfig) -> Tensor:
         time = torch.arange(count + 1, dtype=torch.float64) / count
         abar = torch.cos((time + COSINE_OFFSET) / (1 + COSINE_OFFSET) * math.pi / 2) ** 2
         return (1 - abar[1:] / abar[:-1]).clamp(max=COSINE_BETA_MAX)
+    if config.kind == "sigmoid":
+        reach = torch.linspace(-SIGMOID_REACH, SIGMOID_REACH, count, dtype=torch.float64)
+        return torch.sigmoid(reach) * (end - start) + start
     if config.kind == "scaled_linear":
         return torch.linspace(start**0.5, end**0.5, count, dtype=torch.float64) ** 2
     return torch.linspace(start, end, count, dtype=torch.float64)

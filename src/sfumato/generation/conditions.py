@@ -1,45 +1,88 @@
-"""The conditions of a request: prompt, negative prompt and label, encoded."""
+"""The conditions of a request: prompts, negative prompts and label, encoded, for every stage of the run."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from sfumato.conditioning import Conditioning
+from sfumato.conditioning import Conditioning, concatenate
 from sfumato.errors import InputError
 from sfumato.generation.notes import Notes, not_finite
+from sfumato.generation.written import Written
 from sfumato.model import StableDiffusion
 from sfumato.presets import num_classes
 from sfumato.request import Request
+from sfumato.text.chunks import missing
+from sfumato.text.emphasis import segments
+
+Vectors = Mapping[str, Mapping[str, Tensor]]
+"""Textual inversions: name -> text encoder -> (n, width)."""
 
 
-def conditions(model: StableDiffusion, request: Request, notes: Notes) -> dict[str, Conditioning]:
-    """The conditions by the branch of guidance that reads them, a row for each picture."""
-    positive = encoded(model, request, request.prompt, notes)
-    negative = encoded(model, request, request.negative_prompt or None, notes, "negative prompt")
-    model.check_pictures(positive)
-    if request.negative_prompt and request.guidance == 1:
-        notes.warnings.append("the negative prompt has no effect at guidance 1")
-    count = num_classes(model.config)
-    free = model.config.classes is not None and model.config.classes.unconditional
-    if request.label is None and count is not None and not free:
-        raise InputError(f"{model.name!r} draws one of {count} classes", f"Give a label, 0 to {count - 1}.")
-    if request.label is not None:
-        drawn = model.encode_label([request.label])
-        positive = drawn if drawn.context is not None else replace(positive, vector=drawn.vector)
-        if not free and request.guidance != 1:
-            raise InputError(
-                f"{model.name!r} was not trained without a class, so its guidance is 1",
-                "Use guidance 1 with it.",
-            )
-    return {
-        name: cond.repeat(request.num_images) for name, cond in (("cond", positive), ("uncond", negative))
-    }
+@dataclass(frozen=True)
+class Stage:
+    """The conditions until the end of step `until`, from 1: by branch of guidance, a row for each picture."""
+
+    until: int
+    conds: Mapping[str, Conditioning]
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """The stages of a run in order, and the weights of the prompts that AND composes."""
+
+    stages: tuple[Stage, ...]
+    weights: tuple[float, ...] = (1.0,)
+
+
+def conditions(
+    model: StableDiffusion, request: Request, prompts: Sequence[Written], vectors: Vectors, notes: Notes
+) -> Conditions:
+    """Everything the network is conditioned on; each text is encoded once. Errors as `generate`."""
+    assert request.steps is not None
+    _check_label(model, request, notes)
+    weights = _weights(prompts)
+    known: dict[tuple[str | None, bool], Conditioning] = {}
+
+    def row(text: str | None, role: str) -> Conditioning:
+        key = (text or None, role == "prompt")
+        if key not in known:
+            known[key] = encoded(model, request, text or None, notes, role, vectors)
+        return known[key]
+
+    def joined(texts: Sequence[str | None], role: str) -> Conditioning:
+        rows = [row(text, role) for text in texts]
+        if len(set(texts)) == 1:
+            return rows[0].repeat(len(rows))
+        return concatenate(_equally_long(rows))
+
+    def stage(until: int) -> Stage:
+        conds: dict[str, Conditioning] = {}
+        for index in range(len(weights)):
+            texts = [None if one.positive is None else one.positive[index].at(until) for one in prompts]
+            conds[f"cond{index or ''}"] = _labelled(model, request, joined(texts, "prompt"))
+        negative = joined([one.negative.at(until) for one in prompts], "negative prompt")
+        conds["uncond"] = conds["negative"] = negative
+        if request.perp_neg is not None:
+            conds["uncond"] = joined([None] * len(prompts), "negative prompt")
+        return Stage(until, conds)
+
+    branches = [branch for one in prompts for branch in (*(one.positive or ()), one.negative)]
+    ends = {each.until for branch in branches for each in branch.stages} | {request.steps}
+    return Conditions(tuple(stage(until) for until in sorted(ends)), weights)
 
 
 def encoded(
-    model: StableDiffusion, request: Request, prompt: str | None, notes: Notes, role: str = "prompt"
+    model: StableDiffusion,
+    request: Request,
+    prompt: str | None,
+    notes: Notes,
+    role: str = "prompt",
+    vectors: Vectors | None = None,
 ) -> Conditioning:
     """One row: a prompt, or nothing asked for. A model without text takes the empty prompt as nothing."""
     skip, zeros = request.clip_skip, request.zeros_for_empty
@@ -47,15 +90,21 @@ def encoded(
     size = (request.height, request.width)
     original = (request.original_height or request.height, request.original_width or request.width)
     crop = (request.crop_top or 0, request.crop_left or 0)
+    dialect = None if request.emphasis == "plain" or model.config.text is None else request.emphasis
 
     def encode(model: StableDiffusion) -> Conditioning:
-        if prompt:
-            return model.encode_prompt([prompt], skip, size=size, original=original, crop=crop)
-        return model.uncondition(1, skip, zeros, size=size, original=original, crop=crop)
+        if not prompt:
+            return model.uncondition(1, skip, zeros, size=size, original=original, crop=crop)
+        return model.encode_prompt(
+            [prompt], skip, size=size, original=original, crop=crop, dialect=dialect, vectors=vectors
+        )
 
-    for cut in model.prompt_cuts([prompt] if prompt else []):
-        if cut:
-            notes.warnings.append(f"the {role} is longer than the model reads; this was cut: {cut!r}")
+    if prompt and dialect is None:
+        for cut in filter(None, model.prompt_cuts([prompt])):
+            notes.warn_once(f"the {role} is longer than the model reads; this was cut: {cut!r}")
+    elif prompt:
+        for name in missing(segments(prompt), {name: 1 for name in vectors or {}}):
+            notes.warn_once(f"there is no embedding {name!r}; the {role} goes without it")
     cond = encode(model)
     if not _finite_condition(cond):
         notes.float32_retries.append("text encoder")
@@ -63,6 +112,50 @@ def encoded(
         if not _finite_condition(cond):
             raise not_finite("the text encoder", f"for {prompt!r}")
     return cond
+
+
+def _check_label(model: StableDiffusion, request: Request, notes: Notes) -> None:
+    """`InputError` for a label that is missing, or cannot be guided by; a warning for what has no effect."""
+    if request.negative_prompt and request.guidance == 1:
+        notes.warnings.append("the negative prompt has no effect at guidance 1")
+    count = num_classes(model.config)
+    free = model.config.classes is not None and model.config.classes.unconditional
+    if request.label is None and count is not None and not free:
+        raise InputError(f"{model.name!r} draws one of {count} classes", f"Give a label, 0 to {count - 1}.")
+    if request.label is not None and not free and request.guidance != 1:
+        model.encode_label([request.label])  # whose own error comes first
+        raise InputError(
+            f"{model.name!r} was not trained without a class, so its guidance is 1", "Use guidance 1 with it."
+        )
+
+
+def _labelled(model: StableDiffusion, request: Request, cond: Conditioning) -> Conditioning:
+    """The condition with the request's label, and checked against what the model needs."""
+    if request.label is not None:
+        drawn = model.encode_label([request.label] * request.num_images)
+        cond = drawn if drawn.context is not None else replace(cond, vector=drawn.vector)
+    model.check_pictures(cond)
+    return cond
+
+
+def _weights(prompts: Sequence[Written]) -> tuple[float, ...]:
+    found = {tuple(branch.weight for branch in one.positive or ()) or (1.0,) for one in prompts}
+    if len(found) > 1:
+        raise InputError(
+            "the prompts drawn for these pictures have other numbers or weights of AND",
+            "Draw them one at a time.",
+        )
+    return found.pop()
+
+
+def _equally_long(rows: Sequence[Conditioning]) -> list[Conditioning]:
+    """Rows whose contexts have as many tokens: each is repeated, which attention to it does not notice."""
+    lengths = [0 if row.context is None else row.context.shape[1] for row in rows]
+    whole = math.lcm(*(length for length in lengths if length))
+    return [
+        row if row.context is None else replace(row, context=row.context.repeat(1, whole // length, 1))
+        for row, length in zip(rows, lengths, strict=True)
+    ]
 
 
 def _finite_condition(cond: Conditioning) -> bool:

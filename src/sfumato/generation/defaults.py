@@ -45,6 +45,8 @@ def complete(model: StableDiffusion, request: Request) -> Request:
     if request.spacing == "auto" and values["sampler"] in SAMPLERS:
         own = model.defaults.get("spacing") if values["sampler"] == model.defaults.get("sampler") else None
         values["spacing"] = own or SAMPLERS[values["sampler"]].spacing
+    if request.sigmas is not None:
+        values["steps"] = len(request.sigmas) - 1
     if values["sampler"] == "ddpm" and values["variance"] is None:
         values["variance"] = "large" if values["steps"] == model.schedule.num_timesteps else "small"
     try:

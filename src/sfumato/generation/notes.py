@@ -9,10 +9,17 @@ from sfumato.errors import NumericalError
 
 @dataclass
 class Notes:
-    """What a run has to tell: warnings for people, and the stages that were repeated in float32."""
+    """What a run has to tell: warnings for people, the stages that were repeated in float32, and for every
+    picture its prompt and negative prompt with styles and choices drawn."""
 
     warnings: list[str] = field(default_factory=list)
     float32_retries: list[str] = field(default_factory=list)
+    prompts: list[tuple[str | None, str]] = field(default_factory=list)
+
+    def warn_once(self, text: str) -> None:
+        """A warning, unless it has been given."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
 
 def not_finite(stage: str, place: str) -> NumericalError:

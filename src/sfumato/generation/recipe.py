@@ -3,35 +3,80 @@
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sfumato import __version__
+from sfumato.checkpoints.files import sha256
 from sfumato.generation.notes import Notes
 from sfumato.generation.start import read_noise
 from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
+BESIDE = ("weak_model", "classifier")  # fields that are models, by path or loaded
 
-def parameters(model: StableDiffusion, request: Request, notes: Notes) -> list[dict[str, Any]]:
-    """For each picture what it takes to draw it again; the same run always gives the same text."""
+
+def parameters(
+    model: StableDiffusion,
+    request: Request,
+    notes: Notes,
+    addons: Mapping[str, Mapping[str, str]] | None = None,
+) -> list[dict[str, Any]]:
+    """For each picture what it takes to draw it again, as JSON has it; the same run gives the same text.
+
+    request: from `complete`. addons: {"loras": {name: sha256}, "embeddings": {name: sha256}}, those used.
+    """
     assert request.seed is not None
-    skipped = {"num_images", "seed", "start_noise"}
-    common = {name: getattr(request, name) for name in Request.model_fields if name not in skipped}
+    common: dict[str, Any] = {}
+    for name, field in Request.model_fields.items():
+        value = getattr(request, name)
+        asked = field.json_schema_extra is None or value != field.default
+        if asked and name not in ("num_images", "seed", "start_noise", *BESIDE):
+            common[name] = value
+    for name in BESIDE:
+        if (given := getattr(request, name)) is not None:
+            common |= _beside(name, given)
     if request.start_noise is not None:
-        given = request.start_noise
-        noise = read_noise(given) if isinstance(given, Path) else torch.as_tensor(given)
-        raw = noise.detach().cpu().float().contiguous().numpy().tobytes()
-        common["start_noise_sha256"] = hashlib.sha256(raw).hexdigest()
+        common["start_noise_sha256"] = noise_digest(request.start_noise)
+    common |= {name: dict(sorted(used.items())) for name, used in (addons or {}).items() if used}
     common |= {
         "model": model.name,
         "model_digest": model.digest,
         "version": __version__,
         "device": str(model.device),
         "dtype": str(model.dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "hardware": hardware(model.device),
         "float32_retries": notes.float32_retries,
         "batch_size": request.num_images,
     }
+    common = json.loads(json.dumps(common))
     return [{**common, "seed": request.seed + i, "batch_index": i} for i in range(request.num_images)]
+
+
+def noise_digest(given: Any) -> str:
+    """sha256 of a start noise's values in float32, for a path or a tensor; `InputError` for no such file."""
+    noise = read_noise(given) if isinstance(given, Path) else torch.as_tensor(given)
+    return hashlib.sha256(noise.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def hardware(device: torch.device) -> str:
+    """What decides how sums are rounded: the kind of kernels of a CPU, the name of a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else device.type
+
+
+def _beside(name: str, given: Any) -> dict[str, Any]:
+    """Name and digest of a model beside the model."""
+    if isinstance(given, str):
+        path = Path(given)
+        return {name: given} | ({f"{name}_digest": sha256(path)} if path.is_file() else {})
+    digest = getattr(given, "digest", None)
+    told = getattr(given, "description", given).name
+    return {name: told} | ({f"{name}_digest": digest} if isinstance(digest, str) else {})

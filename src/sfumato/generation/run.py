@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,16 +14,19 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import images
-from sfumato.conditioning import Conditioning, concatenate
+from sfumato.checkpoints.addons import Weighted
+from sfumato.conditioning import concatenate
 from sfumato.diffusion.noise import ImageNoise
-from sfumato.diffusion.samplers import Step, sampler
-from sfumato.diffusion.spacing import spacing
-from sfumato.generation.conditions import conditions, encoded
+from sfumato.diffusion.samplers import Sampler, Step, sampler
+from sfumato.diffusion.spacing import Spacing, custom, space
+from sfumato.generation.addons import applied, embeddings, loras
+from sfumato.generation.conditions import Conditions, Stage, conditions, encoded
 from sfumato.generation.defaults import complete
 from sfumato.generation.guiding import NotFinite, Watch, denoiser
 from sfumato.generation.notes import Notes, not_finite
 from sfumato.generation.recipe import parameters
-from sfumato.generation.start import start_noise
+from sfumato.generation.start import brownian, noise_config, start_noise
+from sfumato.generation.written import written
 from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
@@ -71,27 +74,41 @@ def stream(model: StableDiffusion, request: Request, notes: Notes | None = None)
     told = Notes() if notes is None else notes
     request = complete(model, request)
     assert request.seed is not None
-    conds = conditions(model, request, told)
+    prompts = written(request, told)
+    told.prompts = [(one.prompt, one.negative_prompt) for one in prompts]
+    addons = loras(request, prompts)
+    vectors = embeddings(model, request, prompts)
+    with applied(model, addons):
+        conds = conditions(model, request, prompts, vectors, told)
     for text in told.warnings if notes is None else ():
         warnings.warn(text, stacklevel=2)
     seeds = [request.seed + index for index in range(request.num_images)]
-    return _steps(model, request, conds, seeds, told)
+    return _with_loras(model, addons, _steps(model, request, conds, seeds, told))
 
 
-def draw(model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-    """Samples (n, c, ...), about -1..1, of many prompts in one batch, each with its seed, else by default."""
-    request, notes = complete(model, Request(prompt="", num_images=len(prompts))), Notes()
+def draw(
+    model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], request: Request | None = None
+) -> Tensor:
+    """Samples (n, c, ...), about -1..1, of many prompts in one batch, each with its seed.
+
+    All else is as `request` says, or by default.
+    """
+    notes = Notes()
+    asked = {"prompt": "", "num_images": len(prompts)}
+    request = complete(model, (request or Request()).model_copy(update=asked))
     rows = [encoded(model, request, prompt, notes) for prompt in prompts]
     negative = encoded(model, request, None, notes).repeat(len(prompts))
-    *_, last = _steps(model, request, {"cond": concatenate(rows), "uncond": negative}, seeds, notes)
-    return _decoded(model, request, _latents(last), notes)
+    assert request.steps is not None
+    conds = Conditions((Stage(request.steps, {"cond": concatenate(rows), "uncond": negative}),))
+    *_, last = _steps(model, request, conds, seeds, notes)
+    return _decoded(model, request, final_latents(last), notes)
 
 
 @torch.no_grad()
 def finish(model: StableDiffusion, request: Request, last: Step, notes: Notes, seconds: float) -> Result:
     """The pictures of the last step of `stream(model, request, notes)`, for a request from `complete`."""
     started = time.perf_counter()
-    latents = _latents(last)
+    latents = final_latents(last)
     samples = _decoded(model, request, latents, notes)
     shown = [images.preview(sample) for sample in samples]
     seconds += time.perf_counter() - started
@@ -101,7 +118,7 @@ def finish(model: StableDiffusion, request: Request, last: Step, notes: Notes, s
 def _steps(
     model: StableDiffusion,
     request: Request,
-    conds: Mapping[str, Conditioning],
+    conds: Conditions,
     seeds: Sequence[int],
     notes: Notes,
 ) -> Iterator[Step]:
@@ -110,15 +127,19 @@ def _steps(
     assert request.height is not None and request.width is not None
     row = sampler(request.sampler)
     shape = model.latent_shape(request.height, request.width)
+    plan = _plan(model, request, row)
     start = start_noise(request, seeds, shape)
-    plan = spacing(request.spacing)(model.schedule, request.steps)
-    options = {"eta": request.eta, "variance": request.variance}
-    given = {name: value for name, value in options.items() if value is not None}
+    config = noise_config(model, request)
+    options: dict[str, Any] = {"eta": request.eta, "variance": request.variance, **request.sampler_options}
+    options = {name: value for name, value in options.items() if value is not None}
+    if "schedule" in row.options:
+        options["schedule"] = model.schedule
 
     def run(model: StableDiffusion) -> Iterator[Step]:
-        noise = ImageNoise(seeds, shape, device=model.device, start=start)
+        noise = ImageNoise(seeds, shape, device=model.device, start=start, config=config)
+        steps_noise = noise if row.noise == "fresh" else brownian(model, seeds, shape, plan.sigmas, config)
         watch = Watch(denoiser(model, request, conds, plan.sigmas))
-        yield from row(watch, noise.initial() * plan.start_scale, plan.sigmas, noise, **given)
+        yield from row(watch, noise.initial() * plan.start_scale, plan.sigmas, steps_noise, **options)
         watch.check()
 
     def finite() -> Iterator[Step]:
@@ -137,13 +158,28 @@ def _steps(
     return finite()
 
 
+def _with_loras(model: StableDiffusion, addons: Sequence[Weighted], steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, with the weights changed from the first until the last, or until they are given up."""
+    with applied(model, addons):
+        yield from steps
+
+
+def _plan(model: StableDiffusion, request: Request, row: Sampler) -> Spacing:
+    """The noise levels of the run."""
+    if request.sigmas is not None:
+        return custom(request.sigmas)
+    assert request.steps is not None
+    options, drop = request.spacing_options, row.discard_penultimate
+    return space(request.spacing, model.schedule, request.steps, options, discard_penultimate=drop)
+
+
 def _step(sigma: float, sigmas: Sequence[float]) -> int:
     """The number of the step in which the network is asked at this noise level, from 1."""
     return max(1, sum(level >= sigma for level in sigmas[:-1]))
 
 
-def _latents(last: Step) -> Tensor:
-    """Where sampling ended above 0 the last x still holds noise's share: back to the scale of the data."""
+def final_latents(last: Step) -> Tensor:
+    """What a last step leaves: where it ended above 0, x still holds noise's share."""
     return last.x / math.sqrt(1 + last.target**2)
 
 

@@ -1,4 +1,4 @@
-"""The start noise that a request gives."""
+"""The noise of a request: that of its start, and that of its steps."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.files import read_tensors
-from sfumato.diffusion.noise import ImageNoise
+from sfumato.diffusion.brownian import BrownianNoise
+from sfumato.diffusion.noise import ImageNoise, NoiseConfig
 from sfumato.errors import InputError
+from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
 
@@ -43,3 +45,36 @@ def read_noise(path: Path) -> Tensor:
         raise InputError(
             f"the start noise {path} cannot be read: {error}", "Give a .npy or .safetensors file."
         ) from error
+
+
+def noise_config(model: StableDiffusion, request: Request) -> NoiseConfig:
+    """Which noise the seeds of a request stand for; `InputError` for what does not fit together."""
+    resize = None
+    if request.seed_resize_width is not None or request.seed_resize_height is not None:
+        height, width = (
+            request.seed_resize_height or request.height,
+            request.seed_resize_width or request.width,
+        )
+        assert height is not None and width is not None
+        resize = model.latent_shape(height, width)[1:]
+    return NoiseConfig(
+        source=request.noise_source,
+        eta_seed_delta=request.eta_seed_delta,
+        variation_seed=request.variation_seed,
+        variation_strength=request.variation_strength,
+        seed_resize=resize,
+    )
+
+
+def brownian(
+    model: StableDiffusion,
+    seeds: Sequence[int],
+    shape: Sequence[int],
+    sigmas: Sequence[float],
+    config: NoiseConfig,
+) -> BrownianNoise:
+    """The noise of SDE samplers, in the schedule's range: runs of other numbers of steps share its paths."""
+    low = min(model.schedule.sigma_min, *(sigma for sigma in sigmas if sigma > 0))
+    high = max(model.schedule.sigma_max, *sigmas)
+    own = [(seed + config.eta_seed_delta) % 2**64 for seed in seeds]
+    return BrownianNoise(own, shape, low=low, high=high, device=model.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
 
@@ -112,10 +112,25 @@ class DiffusionTaskConfig(Section):
     sampler: str = Field(default="dpmpp_2m", description="default sampler of the finished model")
 
 
+class ClassifierTaskConfig(Section):
+    """Cross-entropy of a classifier of noised samples (Dhariwal and Nichol 2021, section 4)."""
+
+    classes: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="words of which a caption names one; none = every caption is a class"
+    )
+    pool: Literal["mean", "attention"] = Field(
+        default="attention",
+        description="attention sees small things and samples of one size, mean takes any size",
+    )
+    autoencoder: Path | None = Field(
+        default=None, description="model.safetensors whose latents to learn on; none = pixel space"
+    )
+
+
 class TrainingConfig(Section):
     """A whole run. The same file run again resumes from `out`."""
 
-    task: Literal["autoencoder", "diffusion"]
+    task: Literal["autoencoder", "diffusion", "classifier"]
     out: Path = Field(description="folder of the run")
     name: str = "model"
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -126,6 +141,7 @@ class TrainingConfig(Section):
     loop: LoopConfig = LoopConfig()
     autoencoder: AutoencoderTaskConfig = AutoencoderTaskConfig()
     diffusion: DiffusionTaskConfig = DiffusionTaskConfig()
+    classifier: ClassifierTaskConfig | None = None
     first_stage: AutoencoderTable | None = None
     unet: UNetTable | None = None
     text: TextTable | None = None
@@ -190,5 +206,6 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     """The keys of the section at `place`; only sections know extra keys, so every step leads to one."""
     model: Any = TrainingConfig
     for part in place:
-        model = model.model_fields[part].annotation
+        kind = model.model_fields[part].annotation
+        model = next(iter(get_args(kind)), kind)  # the section of one that may be absent
     return list(model.model_fields)

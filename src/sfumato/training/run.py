@@ -15,6 +15,7 @@ from sfumato.training.data import open_dataset
 from sfumato.training.lock import locked
 from sfumato.training.loop import Report, Task, train
 from sfumato.training.tasks.autoencoder import AutoencoderTask
+from sfumato.training.tasks.classifier import ClassifierTask
 from sfumato.training.tasks.diffusion import DiffusionTask
 
 
@@ -47,7 +48,8 @@ def make_task(config: TrainingConfig, device: torch.device, report: Report = lam
     held_out = open_dataset(data.path, data.shape, data.channels, "test", data.repeats)
     if config.task == "autoencoder":
         return AutoencoderTask(config, dataset, held_out, device)
-    return DiffusionTask(config, dataset, held_out, device, _progress(report))
+    kind = ClassifierTask if config.task == "classifier" else DiffusionTask
+    return kind(config, dataset, held_out, device, _progress(report))
 
 
 def _progress(report: Report) -> Callable[[int, int], None]:

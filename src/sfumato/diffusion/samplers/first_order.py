@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step
+from sfumato.diffusion.samplers.base import Noise, Step, churn
 
 NoiseRule = Callable[[float, float], tuple[float, float]]
 """rule(sigma, target) -> (down, up): the level that is stepped down to, and the noise added after it."""
@@ -41,28 +41,58 @@ def transition(sigma: float, target: float) -> tuple[float, float]:
 
 @torch.no_grad()
 def first_order(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, *, rule: NoiseRule
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    rule: NoiseRule,
+    s_noise: float = 1.0,
 ) -> Iterator[Step]:
     """Euler steps down to `rule`'s level and noise up to the target (k-diffusion's ancestral step)."""
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
         down, up = rule(sigma, target)
         x = denoised + (x - denoised) * (down / sigma)
-        if up > 0:
-            x = x + noise(sigma, target) * up
+        if up * s_noise > 0:
+            x = x + noise(sigma, target) * (up * s_noise)
         yield Step(index, sigma, target, x, denoised)
 
 
-def euler(denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise) -> Iterator[Step]:
-    """Euler's method on the probability-flow equation (Karras et al. 2022, algorithm 1, uncorrected)."""
-    return ddim(denoise, x, sigmas, noise, eta=0.0)
+@torch.no_grad()
+def euler(
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = math.inf,
+    s_noise: float = 1.0,
+) -> Iterator[Step]:
+    """Euler's method on the probability-flow equation, with churn (Karras et al. 2022, algorithm 2)."""
+    churned = churn(noise, len(sigmas) - 1, s_churn=s_churn, s_tmin=s_tmin, s_tmax=s_tmax, s_noise=s_noise)
+    for index, (sigma, target) in enumerate(pairwise(sigmas)):
+        x, level = churned(x, sigma)
+        denoised = denoise(x, level)
+        x = denoised + (x - denoised) * (target / level)
+        yield Step(index, sigma, target, x, denoised)
 
 
 def euler_a(
-    denoise: Denoiser, x: Tensor, sigmas: Sequence[float], noise: Noise, *, eta: float = 1.0
+    denoise: Denoiser,
+    x: Tensor,
+    sigmas: Sequence[float],
+    noise: Noise,
+    *,
+    eta: float = 1.0,
+    s_noise: float = 1.0,
 ) -> Iterator[Step]:
-    """Euler with ancestral noise, k-diffusion's "Euler a"; eta in 0..1 scales the noise."""
-    return ddim(denoise, x, sigmas, noise, eta=eta)
+    """Euler with ancestral noise, k-diffusion's "Euler a"; eta in 0..1 is its share, s_noise its scale."""
+    return first_order(
+        denoise, x, sigmas, noise, rule=lambda sigma, target: posterior(sigma, target, eta), s_noise=s_noise
+    )
 
 
 def ddim(

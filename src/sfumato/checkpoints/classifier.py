@@ -1,0 +1,172 @@
+"""Files of classifiers of noised samples: one safetensors file that describes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from sfumato.checkpoints.build import assign
+from sfumato.checkpoints.files import open_file, write_tensors
+from sfumato.checkpoints.load import is_finite
+from sfumato.diffusion.schedule import ScheduleConfig
+from sfumato.errors import CheckpointError, InputError, NumericalError, nearest
+from sfumato.nn.classifier import Classifier, ClassifierConfig
+from sfumato.presets import MAX_NUMBER, ScheduleTable, UNetTable, known_keys
+from sfumato.runtime import shapes_only
+
+CLASSIFIER_KEY = "sfumato.classifier"  # of the metadata, where a model file has "sfumato"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ClassifierDescription:
+    """Everything about a classifier but its weights.
+
+    encoder, pool, size: see `ClassifierConfig`. classes: their names, in the order of the logits. schedule:
+    of the noise it knows. first_stage: sha256 of the model file whose autoencoder made the latents it was
+    trained on, None for pictures in -1..1. image_size: (height, width) in pixels it was trained at. notices:
+    credits and licences of what it learned from. Raises InputError where names and logits differ in number.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    encoder: UNetTable
+    pool: Literal["mean", "attention"] = "mean"
+    size: tuple[int, ...] | None = None
+    schedule: ScheduleTable = field(default_factory=ScheduleConfig)
+    first_stage: str | None = None
+    image_size: tuple[int, ...] = (64, 64)
+    notices: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.classes) != self.network.classes:
+            raise InputError(
+                f"out_channels is {self.network.classes}, and there are {len(self.classes)} classes",
+                f"Set it to {len(self.classes)}.",
+            )
+
+    @property
+    def network(self) -> ClassifierConfig:
+        """The options of its network."""
+        return ClassifierConfig(self.encoder, self.pool, self.size)
+
+    def label(self, name: str) -> int:
+        """The number of a class; `InputError` with the nearest name where there is none."""
+        if name not in self.classes:
+            raise InputError(f"{self.name!r} knows no class {name!r}", nearest(name, self.classes))
+        return self.classes.index(name)
+
+
+@dataclass(frozen=True)
+class LoadedClassifier:
+    """A classifier that can be asked: `network` in evaluation mode, its weights frozen."""
+
+    description: ClassifierDescription
+    network: Classifier
+
+
+def save_classifier(path: Path, description: ClassifierDescription, state: Mapping[str, Tensor]) -> None:
+    """Write a state dict of `Classifier` in half precision, and what describes it.
+
+    Raises `NumericalError` before anything is written if a weight is not finite in float16.
+    """
+    tensors = {name: tensor.to(torch.float16) for name, tensor in state.items()}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NumericalError(
+                f"{name} is not finite as float16; nothing was written", "Training diverged."
+            )
+    values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
+    write_tensors(path, tensors, {CLASSIFIER_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
+
+
+def load_classifier(
+    path: Path | str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> LoadedClassifier:
+    """The classifier in a file of `save_classifier`; `CheckpointError` for another file or a damaged one."""
+    source = open_file(Path(path))
+    if CLASSIFIER_KEY not in source.metadata:
+        raise CheckpointError(f"{path} holds no classifier", "Give the model file of a classifier run.")
+    description = _described(source.metadata[CLASSIFIER_KEY], str(path))
+    network = _empty(description, len(source.infos))
+    tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get the file again.")
+    assign(network, tensors, str(path))
+    return LoadedClassifier(description, network)
+
+
+def _empty(description: ClassifierDescription, limit: int) -> Classifier:
+    """The network without values; a hostile file that describes more layers than it holds is refused."""
+    count = 0
+
+    def register(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError("the file describes more layers than it holds", "Get it again.")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        with shapes_only():
+            return Classifier(description.network)
+    except (
+        ValueError,
+        TypeError,
+        ArithmeticError,
+        LookupError,
+        RuntimeError,
+    ) as error:  # torch's, for widths
+        raise CheckpointError(f"the file's classifier cannot be built: {error}", "Get it again.") from error
+    finally:
+        hook.remove()
+
+
+def _described(text: str, source: str) -> ClassifierDescription:
+    try:
+        values = json.loads(text, parse_int=_whole, parse_float=_number, parse_constant=_number)
+        if not isinstance(values, dict):
+            raise ValueError("it is no table")
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
+            )
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        raise _damaged(source, str(error)) from error
+
+
+@cache
+def _adapter() -> TypeAdapter[ClassifierDescription]:
+    return TypeAdapter(Annotated[ClassifierDescription, known_keys(ClassifierDescription)])
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not abs(value) <= MAX_NUMBER:
+        raise ValueError(f"it holds the number {text[:20]}")
+    return value
+
+
+def _whole(text: str) -> Any:
+    _number(text)
+    return int(text)
+
+
+def _damaged(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"the description in {source} is damaged: {reason}", "Get the file again.")
