@@ -1,7 +1,7 @@
 """What samplers cost beside the network: seconds of their own arithmetic and noise for every step.
 
-The denoiser hands back a stored tensor; latents are 4x32x32, those of 256 px Stable Diffusion 1. The share is of
-the least processor time that a guided evaluation of that network took in `results/compare.json`.
+The denoiser hands back a stored tensor; latents are 4x32x32, those of 256 px Stable Diffusion 1. The share is
+of the least processor time that a guided evaluation of that network took in `results/compare.json`.
 
 Run: python benchmarks/overhead.py --out benchmarks/results/overhead.json
 """

@@ -39,11 +39,17 @@ CHART = ("euler", "heun", "dpm2", "lms", "plms", "dpmpp_2m", "deis", "unipc", "i
 
 def pictures(model: sfumato.StableDiffusion, name: str, steps: int) -> torch.Tensor:
     """The prompts by one sampler, seed i for prompt i."""
-    request = sfumato.Request(sampler=name, steps=steps)
+    request = sfumato.Request(sampler=name, steps=steps, guidance=SAMPLERS[name].guidance)
     found = draw(model, PROMPTS, list(range(len(PROMPTS))), request)
     if not bool(torch.isfinite(found).all()):
         raise SystemExit(f"{name} with {steps} steps gave values that are not finite")
     return found
+
+
+def groups(names: list[str]) -> dict[str, list[str]]:
+    """By spacing: a row's own, or "uniform" where its own starts below the last timestep, as no other does."""
+    lower = [name for name in names if SAMPLERS[name].spacing == "leading"]
+    return {"auto": [name for name in names if name not in lower], "uniform": lower}
 
 
 def main() -> None:
@@ -63,10 +69,11 @@ def main() -> None:
     save(grid(rows, 2), options.pictures / "samplers.png")
 
     request = sfumato.Request(prompt=PROMPTS[0], seed=0, num_images=options.images)
-    names = deterministic()
-    errors: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
-    for point in converge(model, request, names, EVALUATIONS):
-        errors[point.sampler].append((point.evaluations, point.error))
+    errors: dict[str, list[tuple[int, float]]] = {name: [] for name in deterministic()}
+    for spacing, names in groups(list(errors)).items():
+        asked = request.model_copy(update={"spacing": spacing})
+        for point in converge(model, asked, names, EVALUATIONS):
+            errors[point.sampler].append((point.evaluations, point.error))
     table: dict[str, Any] = {}
     for name, points in errors.items():
         worse = [count for count, error in points if error > WITHIN]

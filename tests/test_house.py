@@ -45,13 +45,14 @@ RULES: dict[str, tuple[str, ...]] = {
     "images": ("checkpoints.files",),
     "charts": ("checkpoints.files",),
     "request": ("diffusion", "request"),
+    "recipes": ("recipes", "request", "diffusion", "checkpoints.files"),
     "model": INNER,
     "generation": (*INNER, "generation"),
     "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
     "data": (*INNER, "data"),
     "preprocess": (*INNER, "preprocess"),
     "compat": (*INNER, "generation", "compat"),
-    "cli": (*INNER, "generation", "training", "data", "preprocess", "charts", "cli"),
+    "cli": (*INNER, "generation", "training", "data", "preprocess", "charts", "recipes", "cli"),
     "__main__": ("cli",),
     "server": (*INNER, "generation", "server"),
 }

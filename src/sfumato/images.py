@@ -96,7 +96,7 @@ def free_path(folder: Path, stem: str, suffix: str) -> Path:
 
 
 def save_array(sample: Tensor, path: Path) -> None:
-    """Write one sample (c, ...) as a float32 .npy file, whole or not at all; `ResourceError` where that fails."""
+    """Write one sample (c, ...) as a float32 .npy file, whole or not at all, or raise `ResourceError`."""
     buffer = io.BytesIO()
     np.save(buffer, sample.detach().float().cpu().numpy(), allow_pickle=False)
     write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))

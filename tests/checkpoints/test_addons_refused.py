@@ -198,7 +198,8 @@ def test_the_second_name_of_a_layer_is_left_out(model: ModelFile, tmp_path: Path
     assert {rule: len(names) for rule, names in found.ignored.items()} == {"second name of a layer": 3}
 
 
-SHAPES = st.lists(st.sampled_from([0, 1, 2, 3, 16, 32, 288]), max_size=5).map(tuple)
+SIDES = st.lists(st.sampled_from([0, 1, 2, 3, 16, 32, 288]), max_size=5)
+SHAPES = SIDES.map(tuple).filter(lambda shape: math.prod(shape) < 20_000)
 SLOTS = st.sampled_from([
     "lora_down.weight", "lora_up.weight", "lora_mid.weight", "lora_A.x.weight", "lora_B.bias", "alpha",
     "diff", "diff_b", "w_norm", "b_norm", "dora_scale", "lora_magnitude_vector", "hada_w1_a", "hada_w1_b",
@@ -213,7 +214,7 @@ FITTING = {  # so that some pass the first checks
 }  # fmt: skip
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), layer=LAYERS, slots=st.sets(SLOTS, min_size=1, max_size=6))
 def test_any_tensors_are_applied_or_refused(
     data: st.DataObject, layer: str, slots: set[str], model: ModelFile, tmp_path: Path

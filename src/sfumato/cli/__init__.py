@@ -20,15 +20,16 @@ OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "Unable to allocate")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line (by default the process's own) and return its exit code.
 
-    0 done; 2 input, 3 checkpoint, 4 data, 5 resource, 6 numerical (see `sfumato.errors`); 1 anything else;
-    130 interrupted. Errors are one or two lines on stderr; with `--debug` they keep their traceback.
+    0 done; 2 input, 3 checkpoint, 4 data, 5 resource, 6 numerical (see `sfumato.errors`); 1 anything else,
+    and a picture that `replay --check` finds different; 130 interrupted. Errors are one
+    or two lines on stderr; with `--debug` they keep their traceback.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     end = given.index("--") if "--" in given else len(given)
     debug = "--debug" in given[:end]
     words = [word for word in given[:end] if word != "--debug"] + given[end:]
     try:
-        _run(words)
+        status = _run(words)
         sys.stdout.flush()
     except KeyboardInterrupt:
         if debug:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         told = _for_people(error)
         _say(f"error: {told.message}" + (f"\n{told.hint}" if told.hint else ""))
         return told.exit_status
-    return 0
+    return status
 
 
 def application() -> App:
@@ -61,6 +62,9 @@ def application() -> App:
         suppress_keyboard_interrupt=False,
     )
     app.command("sfumato.cli.generate:generate", name="generate", help="Draw pictures from a prompt.")
+    app.command("sfumato.cli.grid:grid", name="grid", help="Draw a labelled sheet over axes of any option.")
+    app.command("sfumato.cli.info:info", name="info", help="Show how a picture was drawn, by any tool.")
+    app.command("sfumato.cli.replay:replay", name="replay", help="Draw a picture again by its recipe.")
     app.command("sfumato.cli.train:train", name="train", help="Train by a recipe; run it again to resume.")
     app.command(
         "sfumato.cli.inspect:inspect",
@@ -105,14 +109,16 @@ def application() -> App:
     return app
 
 
-def _run(words: list[str]) -> None:
+def _run(words: list[str]) -> int:
+    """The exit code that a command returns; 0 where it returns none."""
     from cyclopts import CycloptsError
 
     try:
-        application()(words, print_error=False, exit_on_error=False, result_action="return_value")
+        status = application()(words, print_error=False, exit_on_error=False, result_action="return_value")
     except CycloptsError as error:
         command = " ".join(["sfumato", *(error.command_chain or ())])
         raise InputError(_in_one_line(error), f"See `{command} --help`.") from error
+    return status if isinstance(status, int) else 0
 
 
 def _in_one_line(error: Exception) -> str:

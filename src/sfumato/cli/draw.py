@@ -1,4 +1,4 @@
-"""Drawing for commands: a model loaded by the options that all of them have, requests drawn with a progress line."""
+"""Drawing for commands, with a progress line."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ def drawn(model: StableDiffusion, request: Request, label: str = "drawing") -> R
     assert request.steps is not None
     show, last = progress_line(label), None
     for last in steps:
-        show(last.index + 1, request.steps)
+        show(min(last.index + 1, request.steps - 1), request.steps)  # some samplers take more, others fewer
+    show(request.steps, request.steps)
     assert last is not None
     return finish(model, request, last, notes, 0.0)

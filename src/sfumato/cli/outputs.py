@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,9 @@ from sfumato.checkpoints.files import disk_errors
 from sfumato.errors import InputError
 from sfumato.generation import Result
 from sfumato.recipes import embed
+from sfumato.recipes.recipe import PATHS
+from sfumato.recipes.sheet import captioned
+from sfumato.request import Request
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def place(output: Path | None) -> tuple[Path, str | None]:
 def picture_place(output: Path | None, format: str | None = None, quality: int = embed.QUALITY) -> Place:
     """Where pictures go that are asked for by a file's or folder's name, or a format, or both.
 
-    Raises `ResourceError` where that cannot be written, `InputError` for a name or format that no picture has.
+    Raises `ResourceError` where that cannot be written, `InputError` for a name that no picture has.
     """
     if not 1 <= quality <= 100:
         raise InputError(f"quality is {quality}; it should be 1 to 100")
@@ -109,20 +112,18 @@ def save(result: Result, where: Place, grid: bool = False) -> list[Path]:
     return paths
 
 
-def save_sheet(results: Sequence[Result], where: Place, matrix: str | None) -> Path:
-    """Write one sheet of the pictures of several drawings, each under its prompt; returns its path."""
+def save_sheet(results: Sequence[Result], where: Place, prompt: str | None) -> Path:
+    """Write one sheet of the pictures of several drawings, each under its prompt; returns its path.
+
+    prompt: what they were all made of, if they were. `InputError` for pictures of different sizes.
+    """
     shown = [image for result in results for image in result.images]
     if len({image.size for image in shown}) > 1:
-        raise InputError("pictures of other sizes make no sheet", "Leave --grid out.")
-    columns = Labels("", tuple(str(values["prompt"] or "") for values in results[0].parameters))
-    values = {**results[0].parameters[0], "grid": len(shown)}
-    if matrix is not None:
-        values["prompt"] = matrix
-    side = math.ceil(math.sqrt(len(shown)))
-    labels = [str(each["prompt"] or "") for result in results for each in result.parameters]
-    del columns
+        raise InputError("pictures of different sizes make no sheet", "Leave --grid out.")
+    every = [values for result in results for values in result.parameters]
+    values = {**every[0], "prompt": every[0]["prompt"] if prompt is None else prompt, "grid": len(shown)}
     path = _path(where, where.stem, values, "-grid", where.suffix)
-    write(captions(shown, labels, side), path, values, where)
+    write(captioned(shown, [_prompt(each) or "" for each in every]), path, values, where)
     return path
 
 
@@ -137,8 +138,13 @@ def write(image: Image.Image, path: Path, values: Mapping[str, Any], where: Plac
     embed.save(image, path, {**values, **lossy}, where.quality)
 
 
+def _prompt(values: Mapping[str, Any]) -> str | None:
+    """A picture's prompt as it was drawn."""
+    return values.get("drawn_prompt", values["prompt"])
+
+
 def _path(where: Place, stem: str | None, values: Mapping[str, Any], ending: str, suffix: str) -> Path:
     if stem is not None:
         return where.folder / f"{stem}{ending}{suffix}"
-    named = images.file_stem(values["prompt"], values["seed"])
+    named = images.file_stem(_prompt(values), values["seed"])
     return images.free_path(where.folder, named + ending, suffix)

@@ -32,6 +32,7 @@ from sfumato.compat.networks import (
     VQModelInterface,
     restore,
 )
+from sfumato.compat.plms import PLMSSampler
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import InputError, nearest
 from sfumato.families import CLIP_L, OPENCLIP_H
@@ -298,5 +299,6 @@ TARGETS: Mapping[str, Callable[..., Any]] = {
     "ldm.modules.diffusionmodules.model.Decoder": Decoder,
     "ldm.modules.distributions.distributions.DiagonalGaussianDistribution": DiagonalGaussianDistribution,
     "ldm.models.diffusion.ddim.DDIMSampler": DDIMSampler,
+    "ldm.models.diffusion.plms.PLMSSampler": PLMSSampler,
     IDENTITY: nn.Identity,
 }

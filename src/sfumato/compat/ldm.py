@@ -21,6 +21,7 @@ from sfumato.compat.networks import (
     VQModel,
     VQModelInterface,
 )
+from sfumato.compat.plms import PLMSSampler
 
 __all__ = [
     "DDPM",
@@ -35,6 +36,7 @@ __all__ = [
     "FrozenCLIPEmbedder",
     "IdentityFirstStage",
     "LatentDiffusion",
+    "PLMSSampler",
     "UNetModel",
     "VQModel",
     "VQModelInterface",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.conditioning import Conditioning, concatenate
+from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.errors import InputError
 from sfumato.generation.notes import Notes, not_finite
 from sfumato.generation.written import Written
@@ -116,7 +117,8 @@ def encoded(
 
 def _check_label(model: StableDiffusion, request: Request, notes: Notes) -> None:
     """`InputError` for a label that is missing, or cannot be guided by; a warning for what has no effect."""
-    if request.negative_prompt and request.guidance == 1:
+    unused = request.guidance == 1 and SAMPLERS[request.sampler or ""].guidance is None
+    if request.negative_prompt and unused:
         notes.warnings.append("the negative prompt has no effect at guidance 1")
     count = num_classes(model.config)
     free = model.config.classes is not None and model.config.classes.unconditional

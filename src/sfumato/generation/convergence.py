@@ -31,8 +31,12 @@ class Point:
 
 
 def deterministic() -> list[str]:
-    """The samplers that converge to one answer: those without noise of their own whose steps are a choice."""
-    return [name for name, row in SAMPLERS.items() if not row.stochastic]
+    """The samplers that converge to the picture of guidance, and whose number of steps is a choice."""
+    return [
+        name
+        for name, row in SAMPLERS.items()
+        if not row.stochastic and row.guidance is None and name != "dpm_adaptive"
+    ]
 
 
 def converge(

@@ -35,6 +35,8 @@ def complete(model: StableDiffusion, request: Request) -> Request:
         "seed": secrets.randbelow(2**32),
         **{name: value for name, value in model.defaults.items() if name != "spacing"},
     }
+    if request.sampler is not None and SAMPLERS[request.sampler].guidance is not None:
+        choices["guidance"] = SAMPLERS[request.sampler].guidance
     values |= {name: value for name, value in choices.items() if values.get(name) is None}
     for name, own in _text_choices(model, values).items():
         if own is None and values[name] is not None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sfumato import __version__
+from sfumato.checkpoints.addons import Weighted
 from sfumato.checkpoints.files import sha256
 from sfumato.generation.notes import Notes
 from sfumato.generation.start import read_noise
 from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
+ADDON_FOLDERS = {"loras": "lora_dir", "embeddings": "embedding_dir"}
 BESIDE = ("weak_model", "classifier")  # fields that are models, by path or loaded
 
 
@@ -42,7 +44,9 @@ def parameters(
             common |= _beside(name, given)
     if request.start_noise is not None:
         common["start_noise_sha256"] = noise_digest(request.start_noise)
-    common |= {name: dict(sorted(used.items())) for name, used in (addons or {}).items() if used}
+    for name, used in (addons or {}).items():
+        if used or getattr(request, ADDON_FOLDERS[name]) is not None:
+            common[name] = dict(sorted(used.items()))
     common |= {
         "model": model.name,
         "model_digest": model.digest,
@@ -56,7 +60,25 @@ def parameters(
         "batch_size": request.num_images,
     }
     common = json.loads(json.dumps(common))
-    return [{**common, "seed": request.seed + i, "batch_index": i} for i in range(request.num_images)]
+    return [
+        {**common, **_drawn(request, notes, i), "seed": request.seed + i, "batch_index": i}
+        for i in range(request.num_images)
+    ]
+
+
+def _drawn(request: Request, notes: Notes, index: int) -> dict[str, Any]:
+    """A picture's own prompts where styles and choices made them other than the request's."""
+    if index >= len(notes.prompts):
+        return {}
+    prompt, negative = notes.prompts[index]
+    found = {"prompt": (prompt, request.prompt), "negative_prompt": (negative, request.negative_prompt)}
+    return {f"drawn_{name}": own for name, (own, asked) in found.items() if own != asked}
+
+
+def addon_digests(loras: Sequence[Weighted], embeddings: Iterable[Path]) -> dict[str, dict[str, str]]:
+    """What `parameters` takes for `addons`: by name the sha256 of every file; reads all of them."""
+    files = {"loras": [weighted.lora.path for weighted in loras], "embeddings": embeddings}
+    return {kind: {path.stem: sha256(path) for path in paths} for kind, paths in files.items()}
 
 
 def noise_digest(given: Any) -> str:

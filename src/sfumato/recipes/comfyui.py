@@ -17,7 +17,19 @@ Graph: TypeAlias = Mapping[str, Node]
 
 MAX_NODES = 5_000
 OUTPUTS = ("SaveImage", "PreviewImage", "SaveImageWebsocket")
-VALUES = ("value", "seed", "noise_seed", "int", "float", "text", "string", "number", "Value", "Text", "String")
+VALUES = (
+    "value",
+    "seed",
+    "noise_seed",
+    "int",
+    "float",
+    "text",
+    "string",
+    "number",
+    "Value",
+    "Text",
+    "String",
+)
 ONWARD = ("conditioning", "conditioning_1", "conditioning_to", "conditioning1", "cond", "CONDITIONING")
 JOINED = {"ConditioningConcat": ("conditioning_to", "conditioning_from", " BREAK ")}
 SAMPLER_VALUES = {  # theirs -> ours
@@ -30,8 +42,8 @@ SAMPLER_VALUES = {  # theirs -> ours
 }
 SIGMA_OPTIONS = {"rho": "rho", "sigma_min": "sigma_min", "sigma_max": "sigma_max", "alpha": "alpha",
                  "beta": "beta", "coeff": "coefficient"}  # fmt: skip
-SAMPLER_OPTIONS = ("eta", "s_noise", "r", "solver_type", "order", "rtol", "atol", "h_init", "pcoeff", "icoeff",
-                   "dcoeff", "accept_safety", "s_churn", "s_tmin", "s_tmax", "gamma")  # fmt: skip
+SAMPLER_OPTIONS = ("eta", "s_noise", "r", "solver_type", "order", "rtol", "atol", "h_init", "pcoeff",
+                   "icoeff", "dcoeff", "accept_safety", "s_churn", "s_tmin", "s_tmax", "gamma")  # fmt: skip
 SCHEDULERS = {  # nodes that give noise levels -> the spacing
     "KarrasScheduler": "karras",
     "ExponentialScheduler": "exponential",
@@ -65,6 +77,7 @@ def from_comfyui(prompt: Mapping[str, Any]) -> Recipe:
         others = ", ".join(str(graph[key]["class_type"])[:40] for key in samplers[:-1])
         reader.warnings.append(f"the first of {len(samplers)} samplings is taken; left out: {others}")
     reader.read(graph[first])
+    reader.put("emphasis", "comfyui")
     return recipe("ComfyUI", reader.values, reader.warnings)
 
 
@@ -149,7 +162,11 @@ class _Reader:
             if (node := self.node(given, name)) is not None:
                 read(node)
                 sources.append(node["inputs"])
-        for role, ours in (("positive", "prompt"), ("conditioning", "prompt"), ("negative", "negative_prompt")):
+        for role, ours in (
+            ("positive", "prompt"),
+            ("conditioning", "prompt"),
+            ("negative", "negative_prompt"),
+        ):
             for source in sources:
                 if role in source:
                     self.put(ours, self.text(source[role], role, frozenset()))

@@ -46,7 +46,7 @@ def save(image: Image.Image, path: Path, values: Mapping[str, Any], quality: int
 
 
 def encode(image: Image.Image, kind: str, values: Mapping[str, Any], quality: int = QUALITY) -> bytes:
-    """The bytes of the file; `kind` is "PNG", "JPEG" or "WEBP". The same picture and values: the same bytes."""
+    """The bytes of a "PNG", "JPEG" or "WEBP" file, the same for the same picture and values."""
     values = {**values, DIGEST: digest(image)}
     buffer = io.BytesIO()
     if kind == "PNG":

@@ -47,6 +47,7 @@ def from_invokeai(metadata: Mapping[str, Any]) -> Recipe:
         warnings.append(f"drawn with the LoRA {loaded}: put its tag into the prompt to take it")
     if WEIGHTS.search(f"{values.get('prompt')} {values.get('negative_prompt')}"):
         warnings.append("weights in InvokeAI's way, word+ or (words)1.2, are read as words")
+    values["emphasis"] = "plain"
     mode = flat.get("generation_mode", flat.get("type", "txt2img"))
     if isinstance(mode, str) and "txt2img" not in mode:
         warnings.append(f"it was made from another picture ({mode[:40]}), which is left out")

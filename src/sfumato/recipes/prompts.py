@@ -1,4 +1,4 @@
-"""Many requests from one text: the prompt matrix `a|b|c`, and prompts from a file with options in each line."""
+"""Many requests from one text: the prompt matrix `a|b|c`, and files of prompts with options."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def matrix(prompt: str) -> list[str]:
 
 def _parts(prompt: str) -> list[str]:
     """The prompt cut at its bars outside brackets; a bracket that is never closed is none."""
-    closings = {end: [place for place, letter in enumerate(prompt) if letter == end] for end in CLOSING.values()}
+    last = {opening: prompt.rfind(closing) for opening, closing in CLOSING.items()}
     parts, begin, place, waiting = [], 0, 0, list[str]()
     while place < len(prompt):
         letter = prompt[place]
         if letter == "\\":
             place += 1
-        elif letter in CLOSING and closings[CLOSING[letter]] and closings[CLOSING[letter]][-1] > place:
+        elif last.get(letter, -1) > place:
             waiting.append(CLOSING[letter])
         elif waiting and letter == waiting[-1]:
             waiting.pop()

@@ -7,6 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +111,7 @@ def _dream(text: str) -> dict[str, Any]:
     except ValueError:
         return {"prompt": text}
     found: dict[str, Any] = {"prompt": words[0] if words else ""}
-    for word, value in zip(words[1:], [*words[2:], ""], strict=True):
+    for word, value in pairwise([*words[1:], ""]):
         if word.startswith("-") and word[1:2] in DREAM:
             found[DREAM[word[1:2]]] = word[2:] or value
     return found

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any, get_args
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from sfumato.diffusion.names import resolve, resolve_spacing
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.diffusion.spacing import SPACINGS
 from sfumato.errors import InputError
 from sfumato.request import Request
+from sfumato.request.values import folder
 
 MAX_WARNING = 300  # characters
 # What a recipe says beside the request's fields: about the run, not orders for the next one.
@@ -21,14 +23,21 @@ ABOUT = frozenset({
     "model", "model_digest", "version", "device", "dtype", "float32_retries", "batch_size", "batch_index",
     "torch", "threads", "hardware", "picture_sha256", "tool_version", "loras", "embeddings", "Version",
     "start_noise_sha256", "weak_model_digest", "classifier_digest", "quality", "grid",
+    "drawn_prompt", "drawn_negative_prompt",
 })  # fmt: skip
 
 
-def _foreign(annotation: Any) -> bool:
-    return annotation is Any or any(_foreign(part) for part in get_args(annotation))
+def _anything(annotation: Any) -> bool:
+    return annotation is Any or any(_anything(part) for part in get_args(annotation))
 
 
-PATHS = frozenset(name for name, each in Request.model_fields.items() if _foreign(each.annotation))
+def _names_files(name: str, each: FieldInfo) -> bool:
+    """Whether a field holds paths: it says that it is a folder, or takes what may be anything."""
+    marked = any(getattr(mark, "func", None) is folder for mark in each.metadata)
+    return name == "lora" or marked or _anything(each.annotation)
+
+
+PATHS = frozenset(name for name, each in Request.model_fields.items() if _names_files(name, each))
 """Fields that name files. A stranger's picture must not say what is read from this disk."""
 
 
@@ -69,7 +78,9 @@ def recipe(tool: str, values: Mapping[str, Any], warnings: list[str] | None = No
         request = _checked(wanted, told)
     found |= {name: value for name, value in _given(request).items() if name in found}
     taken = set() if request is None else request.model_fields_set
-    ignored = [name for name in found if name not in taken and name not in ABOUT]
+    ignored = [
+        name for name, value in found.items() if value is not None and name not in taken and name not in ABOUT
+    ]
     return Recipe(tool, request, found, ignored, [warning[:MAX_WARNING] for warning in told])
 
 
@@ -97,7 +108,7 @@ def _checked(wanted: dict[str, Any], told: list[str]) -> Request | None:
 
 
 def _with_known_options(request: Request, told: list[str]) -> Request:
-    """Without the options that the sampler and the spacing do not have: other tools write them at any rate."""
+    """Without options that sampler and spacing do not have, which other tools write at any rate."""
     changes: dict[str, Any] = {}
     if request.sampler is not None:
         row = SAMPLERS[request.sampler]
@@ -123,7 +134,9 @@ def _known(given: Mapping[str, Any], allowed: Any, title: str, told: list[str]) 
 
 def _given(request: Request | None) -> dict[str, Any]:
     """The request's values as JSON has them."""
-    return {} if request is None else json.loads(request.model_dump_json(exclude=set(PATHS), exclude_unset=True))
+    return (
+        {} if request is None else json.loads(request.model_dump_json(exclude=set(PATHS), exclude_unset=True))
+    )
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from PIL import Image
 from sfumato.errors import InputError
 from sfumato.recipes.containers import read_container
 from sfumato.recipes.embed import DIGEST, QUALITY, digest, encode
-from sfumato.recipes.recipe import Recipe
+from sfumato.recipes.recipe import PATHS, Recipe
 from sfumato.request import Request
 
+WORDS = ("wildcards", "styles_file")  # what is taken from these stands in the prompts as drawn
 MAX_PIXELS = 16_384 * 16_384
 # What decides how numbers are rounded, by what people call it.
 CAUSES = {
@@ -68,13 +69,40 @@ def again(recipe: Recipe) -> Again:
         raise InputError("the picture holds no recipe", "`sfumato info` shows what a picture's file says.")
     if "grid" in recipe.values:
         raise InputError("this is a sheet of several pictures", "Replay one of them, or draw the sheet anew.")
-    whole = not request.deterministic or request.shared_start or request.start_noise is not None
-    if whole or "start_noise_sha256" in recipe.values or request.seed is None:
+    batch = request.num_images > 1 and not request.deterministic
+    if batch or request.shared_start or "start_noise_sha256" in recipe.values or request.seed is None:
         return Again(request, recipe.index)
     alone: dict[str, Any] = {"num_images": 1, "seed": request.seed + recipe.index}
     if request.variation_seed is not None:
         alone["variation_seed"] = request.variation_seed + recipe.index
     return Again(request.model_copy(update=alone), 0)
+
+
+def files_needed(recipe: Recipe, given: Collection[str]) -> dict[str, Any]:
+    """Fields of the request to change for want of the files that the picture was drawn with.
+
+    given: the fields of files that someone has named. Prompts that were drawn from files are taken as they
+    were drawn, where the picture stands alone. A folder of LoRA is asked for by drawing, where a prompt has
+    tags, and one of embeddings is not where none was used. `InputError` for what cannot be done without its file.
+    """
+    values, changes = recipe.values, dict[str, Any]()
+    alone = recipe.request is not None and (recipe.request.num_images == 1 or recipe.request.deterministic)
+    for name in sorted(PATHS):
+        named = values.get(name, values.get(f"{name}_sha256"))
+        used = values.get("embeddings") if name == "embedding_dir" else name != "lora_dir"
+        if not named or name in given or used in ({}, False):
+            continue
+        if name in WORDS and alone:
+            for field in ("prompt", "negative_prompt"):
+                if f"drawn_{field}" in values:
+                    changes[field] = values[f"drawn_{field}"]
+            changes["styles"] = ()
+            continue
+        raise InputError(
+            f"the picture was drawn with a file for {name}, {_short(named)!r}",
+            f"Give it with --{name.replace('_', '-')}.",
+        )
+    return changes
 
 
 def check_model(recipe: Recipe, name: str, found: str | None, given: bool) -> list[str]:
@@ -102,7 +130,9 @@ def open_picture(path: Path) -> Image.Image:
     """The pixels of a PNG, JPEG or WebP file; `InputError` where it is damaged or larger than 16384x16384."""
     container = read_container(path)
     if container.width * container.height > MAX_PIXELS:
-        raise InputError(f"{path} has {container.width}x{container.height} pixels", "That is too many to open.")
+        raise InputError(
+            f"{path} has {container.width}x{container.height} pixels", "That is too many to open."
+        )
     try:
         with Image.open(path, formats=[container.format]) as image:
             image.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,11 @@ class Labels:
 
 
 def labelled(
-    images: Sequence[Image.Image], columns: Labels, rows: Labels, panels: Labels | None = None, title: str = ""
+    images: Sequence[Image.Image],
+    columns: Labels,
+    rows: Labels,
+    panels: Labels | None = None,
+    title: str = "",
 ) -> Image.Image:
     """One RGB picture of pictures of equal size: panels below each other, in each rows and columns, labelled.
 
@@ -46,7 +51,9 @@ def check_size(
     layout = _Layout(size, columns, rows, panels or Labels(), title)
     width, height = layout.size
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise InputError(f"the sheet would have {width}x{height} pixels", "Give fewer values, or smaller pictures.")
+        raise InputError(
+            f"the sheet would have {width}x{height} pixels", "Give fewer values, or smaller pictures."
+        )
     return width, height
 
 
@@ -114,6 +121,27 @@ class _Layout:
             place = (self.left + column * (self.cell[0] + GAP), below + row * (self.cell[1] + GAP))
             shown = image.convert("RGB").resize(self.cell, Image.Resampling.NEAREST)
             sheet.paste(shown, place)
+
+
+def captioned(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
+    """One RGB picture, as square as it gets, of pictures of equal size, each under its own text."""
+    scale = max(1, -(-SMALLEST // max(images[0].size)))
+    width, height = (side * scale for side in images[0].size)
+    lines = [wrapped(caption, LABEL, width) for caption in captions]
+    room = max(map(len, lines)) * _height(LABEL)
+    columns = math.ceil(math.sqrt(len(images)))
+    step = (width + GAP * 2, room + height + GAP * 2)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (2 * MARGIN + columns * step[0], 2 * MARGIN + rows * step[1]), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        left, top = MARGIN + GAP + index % columns * step[0], MARGIN + index // columns * step[1]
+        for i, line in enumerate(lines[index]):
+            low = top + room - (len(lines[index]) - 1 - i) * _height(LABEL)
+            draw.text((left + width // 2, low), line, INK, _font(LABEL), anchor="md")
+        shown = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
+        sheet.paste(shown, (left, top + room + GAP // 2))
+    return sheet
 
 
 @cache

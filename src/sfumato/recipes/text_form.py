@@ -1,6 +1,6 @@
 """The text form of AUTOMATIC1111: prompt, negative prompt, and one line of `Name: value`.
 
-Written by many tools (Forge, SD.Next, Fooocus, Civitai, ...) and read by more. Both ways here, under our names.
+Written by many tools (Forge, SD.Next, Fooocus, Civitai, ...), read by more; here both, by our names.
 """
 
 from __future__ import annotations
@@ -46,12 +46,13 @@ HASHES = {"loras": "Lora hashes", "embeddings": "TI hashes"}  # {name: sha256} -
 SIZES = {"size": ("width", "height"), "seed_resize": ("seed_resize_width", "seed_resize_height")}
 SOURCES = {"cpu": "CPU", "philox": "NV"}
 SHORT, SHORT_ADDON = 10, 12  # letters of a model's digest (AUTOV2) and of a LoRA's
+PROMPTS = ("prompt", "negative_prompt")
 NEGATIVE = "Negative prompt:"
 # Our fields that are not among theirs, by names in their manner: perp_neg is "Perp neg".
 OWN_FIELDS = {
     name: name.replace("_", " ").capitalize()
     for name in Request.model_fields
-    if name not in TEXT_FIELDS and name not in ("prompt", "negative_prompt", "num_images")
+    if name not in TEXT_FIELDS and name not in (*PROMPTS, "num_images")
     and not any(name in pair for pair in SIZES.values())
 }  # fmt: skip
 OURS = {theirs.lower(): ours for ours, theirs in {**OWN_FIELDS, **TEXT_FIELDS}.items()} | {
@@ -95,9 +96,8 @@ def to_text(values: Mapping[str, Any]) -> str:
         known = values.get(name) if isinstance(values.get(name), Mapping) else None
         fields[theirs] = ", ".join(f"{each}: {str(sha)[:SHORT_ADDON]}" for each, sha in (known or {}).items())
     fields["Version"] = f"sfumato {values.get('version') or ''}".rstrip()
-    lines = [str(values.get("prompt") or "")]
-    if values.get("negative_prompt"):
-        lines.append(f"{NEGATIVE} {values['negative_prompt']}")
+    prompt, negative = (values.get(f"drawn_{name}", values.get(name)) for name in PROMPTS)
+    lines = [str(prompt or ""), *([f"{NEGATIVE} {negative}"] if negative else [])]
     words = [f"{name}: {_quoted(value)}" for name, value in fields.items() if value not in (None, "")]
     text = "\n".join([*lines, ", ".join(words)]).replace("\0", " ")
     return text.encode("utf-8", "replace").decode()  # half a character has no place in a file
@@ -258,4 +258,6 @@ def _number(value: Any) -> Any:
         return value
     if re.fullmatch(r"-?\d{1,18}", value):
         return int(value)
-    return float(value) if re.fullmatch(r"-?\d{1,18}\.\d{1,18}", value) else value
+    if re.fullmatch(r"-?\d{1,30}\.?\d{0,30}(e[+-]?\d{1,2})?", value):
+        return float(value)
+    return value

@@ -80,10 +80,10 @@ SAMPLERS: dict[str, Sampler] = {
     "restart": Sampler(restart, 2, 2, True, "karras", "Restart", "Xu et al. 2023"),
     "lcm": Sampler(lcm, 1, 1, True, "lcm", "LCM", "Luo et al. 2023"),
     "tcd": Sampler(tcd, 1, 1, True, "lcm", "TCD", "Zheng et al. 2024"),
-    "euler_cfg_pp": Sampler(euler_cfg_pp, 1, 1, False, "uniform", "Euler CFG++", CHUNG),
-    "euler_a_cfg_pp": Sampler(euler_a_cfg_pp, 1, 1, True, "uniform", "Euler a CFG++", CHUNG),
-    "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, 2, 1, False, "karras", "DPM++ 2M CFG++", CHUNG),
-    "ddim_cfg_pp": Sampler(euler_cfg_pp, 1, 1, False, "leading", "DDIM CFG++", CHUNG),
+    "euler_cfg_pp": Sampler(euler_cfg_pp, 1, 1, False, "uniform", "Euler CFG++", CHUNG, guidance=0.6),
+    "euler_a_cfg_pp": Sampler(euler_a_cfg_pp, 1, 1, True, "uniform", "Euler a CFG++", CHUNG, guidance=0.6),
+    "dpmpp_2m_cfg_pp": Sampler(dpmpp_2m_cfg_pp, 2, 1, False, "karras", "DPM++ 2M CFG++", CHUNG, guidance=0.6),
+    "ddim_cfg_pp": Sampler(euler_cfg_pp, 1, 1, False, "leading", "DDIM CFG++", CHUNG, guidance=0.6),
 }
 
 INVERSIONS: dict[str, Sampler] = {

@@ -49,7 +49,8 @@ class Sampler:
     an option says otherwise. spacing: its default in `SPACINGS`. title: its name in other tools. paper: where
     it comes from. discard_penultimate: it is used without the last noise level above 0. ends_only: it reads
     only the largest and the smallest positive noise level, chooses its own between them and stops at the
-    smallest; where there is but one, it takes one step to 0.
+    smallest; where there is but one, it takes one step to 0. guidance: the scale that is usual with it, where
+    it is far from other samplers'.
     """
 
     function: Callable[..., Iterator[Step]]
@@ -62,6 +63,7 @@ class Sampler:
     noise: Literal["fresh", "brownian"] = "fresh"
     discard_penultimate: bool = False
     ends_only: bool = False
+    guidance: float | None = None
 
     @property
     def options(self) -> tuple[str, ...]:

@@ -40,7 +40,7 @@ def restart(
     one whose `sigma` is `high`, with no step for the way up.
     """
     for index, (low, high, target) in enumerate(_course(sigmas, parsed(restarts))):
-        if high > low:
+        if high > low and s_noise > 0:
             x = x + noise(low, high) * (s_noise * math.sqrt(high**2 - low**2))
         denoised = denoise(x, high)
         ahead = x + (x - denoised) * (target / high - 1)
