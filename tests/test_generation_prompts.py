@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import Request
+from sfumato.checkpoints.files import sha256
 from sfumato.errors import CheckpointError, InputError
 from sfumato.generation import Notes, complete, generate, stream
 from sfumato.generation.run import final_latents
@@ -147,6 +148,10 @@ def test_lora_by_tag_and_by_option(tiny_model: StableDiffusion, lora_dir: Path) 
     )
     assert not torch.allclose(*halves, atol=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in digest(tiny_model).items())
+    values = generate(tiny_model, Request(prompt="a fox <lora:ink:1>", seed=0, lora_dir=lora_dir)).parameters[
+        0
+    ]
+    assert values["loras"] == {"ink": sha256(lora_dir / "ink.safetensors")}
 
 
 def test_lora_are_taken_off_when_a_stream_is_given_up(tiny_model: StableDiffusion, lora_dir: Path) -> None:

@@ -27,6 +27,7 @@ INNER = (
     "families",
     "runtime",
     "images",
+    "intake",
     "request",
     "model",
 )
@@ -43,6 +44,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "checkpoints": ("checkpoints", "nn", "presets", "families", "diffusion", "text", "runtime"),
     "runtime": (),
     "images": ("checkpoints.files",),
+    "intake": (),
     "charts": ("checkpoints.files",),
     "request": ("diffusion", "request"),
     "recipes": ("recipes", "request", "diffusion", "checkpoints.files"),

@@ -1,12 +1,8 @@
-"""Pictures: conversion both ways, names, files written whole, and parameters that survive the round trip."""
+"""Pictures: conversion both ways, previews, sheets, names, and samples that are no pictures."""
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,14 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sfumato import images
-from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.errors import InputError, ResourceError
-
-PARAMETERS: dict[str, Any] = {
-    "prompt": "a fox, red\nin snow 🦊", "negative_prompt": "blurry: very", "steps": 20, "sampler": "euler_a",
-    "spacing": "karras", "guidance": 7.5, "seed": 0, "width": 64, "height": 32, "model": "tiny, v1",
-    "model_digest": "0123456789abcdef", "version": "0.1.0", "float32_retries": ["decoder"],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
@@ -92,90 +81,6 @@ def test_names_are_never_taken_twice(tmp_path: Path) -> None:
         path = images.free_path(tmp_path, "fox-1", ".png")
         assert path.name == expected
         path.touch()
-
-
-def test_parameters_survive_the_file(tmp_path: Path) -> None:
-    path = tmp_path / "fox.png"
-    images.save_png(Image.new("RGB", (4, 4)), path, PARAMETERS)
-    assert images.read_parameters(path) == PARAMETERS
-    with Image.open(path) as image:
-        assert image.info["parameters"] == (
-            "a fox, red\nin snow 🦊\nNegative prompt: blurry: very\nSteps: 20, Sampler: Euler a, "
-            "Schedule type: Karras, CFG scale: 7.5, Seed: 0, Size: 64x32, Model hash: 0123456789, "
-            'Model: "tiny, v1", Version: sfumato 0.1.0'
-        )
-    assert os.listdir(tmp_path) == ["fox.png"]
-
-
-def test_equal_pictures_give_equal_bytes(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        images.save_png(Image.new("RGB", (4, 4)), tmp_path / name, PARAMETERS)
-    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
-
-
-def test_the_text_form_is_read_back() -> None:
-    read = images.from_text(images.to_text(PARAMETERS))
-    kept = {name: PARAMETERS[name] for name in PARAMETERS if name not in ("float32_retries", "version")}
-    assert read == {**kept, "model_digest": 123456789, "Version": "sfumato 0.1.0"} | {
-        "model_digest": read["model_digest"]
-    }
-    assert set(images.SAMPLER_NAMES) == set(SAMPLERS)
-
-
-def test_the_text_form_of_others_keeps_what_we_do_not_know() -> None:
-    text = (
-        'cat\nSteps: 5, Sampler: DPM++ 2M, Clip skip: 2, Lora hashes: "a: 1, b: 2", Denoising strength: 0.75'
-    )
-    assert images.from_text(text) == {
-        "prompt": "cat", "steps": 5, "sampler": "dpmpp_2m", "Clip skip": 2, "Lora hashes": "a: 1, b: 2",
-        "Denoising strength": 0.75,
-    }  # fmt: skip
-
-
-@given(st.text(max_size=200) | st.text('Steps: ,"\\\n0123456789x{}[]', max_size=200).map("Steps: ".__add__))
-@settings(max_examples=300, deadline=None)
-def test_reading_the_text_form_never_fails(text: str) -> None:
-    assert isinstance(images.from_text(text), dict)
-
-
-def test_files_without_parameters_and_files_that_are_no_png(tmp_path: Path) -> None:
-    Image.new("L", (2, 2)).save(tmp_path / "plain.png")
-    assert images.read_parameters(tmp_path / "plain.png") == {}
-    Image.new("L", (2, 2)).save(tmp_path / "photo.png", "JPEG")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "plain.png").read_bytes()[:40])
-    for name in ("photo.png", "cut.png", "missing.png"):
-        with pytest.raises(InputError, match=name):
-            images.read_parameters(tmp_path / name)
-
-
-def test_json_that_is_damaged_falls_back_to_the_text(tmp_path: Path) -> None:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("sfumato", "{not json")
-    info.add_text("parameters", "cat\nSteps: 5")
-    Image.new("L", (2, 2)).save(tmp_path / "a.png", pnginfo=info)
-    assert images.read_parameters(tmp_path / "a.png") == {"prompt": "cat", "steps": 5}
-    assert json.dumps(images.from_text("x\nSteps: " + "9" * 400))
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])
-@pytest.mark.parametrize("call", ["fsync", "replace"])
-def test_a_disk_that_fails_leaves_the_old_file_and_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, call: str
-) -> None:
-    path = tmp_path / "fox.png"
-    images.save_png(Image.new("L", (2, 2), 1), path, {"prompt": "old"})
-
-    def fail(*arguments: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", fail) if call == "fsync" else patch.setattr(Path, "replace", fail)
-        with pytest.raises(ResourceError, match=os.strerror(number)):
-            images.save_png(Image.new("L", (2, 2), 2), path, {"prompt": "new"})
-    assert images.read_parameters(path)["prompt"] == "old"
-    assert os.listdir(tmp_path) == ["fox.png"], "nothing half written stays"
 
 
 def test_arrays(tmp_path: Path) -> None:

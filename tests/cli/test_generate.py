@@ -19,9 +19,8 @@ from PIL import Image
 
 from sfumato.cli import main
 from sfumato.errors import CheckpointError
-from sfumato.images import read_parameters
 from sfumato.model import StableDiffusion
-from sfumato.request import Request
+from sfumato.recipes import read
 
 
 @pytest.fixture
@@ -29,6 +28,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+def values_of(path: Path) -> dict[str, Any]:
+    """What the file says."""
+    return read(path).values
 
 
 def names(folder: Path) -> list[str]:
@@ -42,7 +46,7 @@ def test_a_picture_with_its_parameters(
     out, err = capsys.readouterr()
     assert out == "a-red-apple-3.png\n" and names(place) == ["a-red-apple-3.png"]
     assert err.startswith("1 picture in ") and err.endswith(" s, seed 3, tiny\n")
-    values = read_parameters(place / "a-red-apple-3.png")
+    values = values_of(place / "a-red-apple-3.png")
     assert (values["prompt"], values["seed"], values["steps"], values["model"]) == (
         "a red apple",
         3,
@@ -66,7 +70,7 @@ def test_every_option_reaches_the_request(place: Path, tiny_model_file: Path) ->
              "--device", "cpu", "--dtype", "float32"]  # fmt: skip
     assert main(["generate", *words, "--model", str(tiny_model_file)]) == 0
     assert names(place / "out") == ["fox-0.png", "fox-1.png", "fox-grid.png"]
-    values = read_parameters(place / "out" / "fox-1.png")
+    values = values_of(place / "out" / "fox-1.png")
     given = {
         "prompt": "a fox", "negative_prompt": "a red apple", "steps": 3, "sampler": "ddim",
         "spacing": "uniform", "eta": 0.5, "guidance": 2.0, "seed": 10, "width": 8, "height": 16,
@@ -96,7 +100,7 @@ def test_files_made_of_prompt_and_seed_are_never_overwritten(place: Path, tiny_m
         assert (
             main(["generate", "fox", "--seed", seed, "-o", "mine.png", "--model", str(tiny_model_file)]) == 0
         )
-    assert read_parameters(place / "mine.png")["seed"] == 2
+    assert values_of(place / "mine.png")["seed"] == 2
     assert main(["generate", "fox", "--seed", "1", "-o", "folder", "--model", str(tiny_model_file)]) == 0
     assert names(place / "folder") == ["fox-1.png"]
 
@@ -115,7 +119,7 @@ def test_a_random_seed_is_told_and_recorded(
     place: Path, tiny_model_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", "fox", "-o", "a.png", "--model", str(tiny_model_file)]) == 0
-    assert f"seed {read_parameters(place / 'a.png')['seed']}," in capsys.readouterr().err
+    assert f"seed {values_of(place / 'a.png')['seed']}," in capsys.readouterr().err
 
 
 def test_no_prompt_and_prompts_of_any_text(place: Path, tiny_model_file: Path) -> None:
@@ -165,7 +169,7 @@ def test_requests_the_model_cannot_take(
     refused(
         ["fox", "--model", "missing.safetensors"], CheckpointError.exit_status, "missing.safetensors", capsys
     )
-    refused(["fox", "-o", "fox.jpg", *model], 2, "fox.png", capsys)
+    refused(["fox", "-o", "fox.gif", *model], 2, "fox.png", capsys)
     assert names(place) == []
 
 

@@ -22,6 +22,7 @@ from sfumato.runtime import shapes_only
 NESTINGS = ("params_ema.", "params.", "state_dict.", "model_state_dict.", "")  # the averaged weights first
 WRAPPERS = ("module.", "generator.", "netG.")  # of parallel training and of whole networks
 MAX_SCALE = 16
+TENSORS_IN_BLOCK = 30  # weight and bias of the 15 convolutions of an RRDB
 # Names of ESRGAN's second code beside those of Real-ESRGAN, which are ours.
 RENAMED = {"RRDB_trunk": "body", "trunk_conv": "conv_body", "HRconv": "conv_hr", "upconv": "conv_up"}
 OLD_BLOCK = re.compile(r"model\.1\.sub\.(\d+)\.RDB(\d)\.conv(\d)\.0\.(weight|bias)")
@@ -82,17 +83,19 @@ def native_names(infos: Iterable[str]) -> dict[str, str]:
     return {_native(name, outer): theirs for name, theirs in inner.items()}
 
 
-def upscaler_config(shapes: Mapping[str, tuple[int, ...]], place: str = "the file") -> RRDBConfig | CompactConfig:
+def upscaler_config(
+    shapes: Mapping[str, tuple[int, ...]], place: str = "the file"
+) -> RRDBConfig | CompactConfig:
     """The options of the network whose tensors have our names and these shapes.
 
     Raises `CheckpointError` for none that is known here.
     """
     try:
         if "conv_first.weight" in shapes:
-            return _rrdb(shapes)
+            return _enlarging(_rrdb(shapes))
         if "body.0.weight" in shapes:
-            return _compact(shapes)
-    except (InputError, LookupError, ValueError) as error:
+            return _enlarging(_compact(shapes))
+    except (InputError, ArithmeticError, LookupError, ValueError) as error:
         raise CheckpointError(
             f"{place} is no upscaler that is known here: {error}", "Give an ESRGAN or Real-ESRGAN file."
         ) from error
@@ -144,8 +147,9 @@ def _rrdb(shapes: Mapping[str, tuple[int, ...]]) -> RRDBConfig:
     if out_channels * unshuffle**2 != joined:
         raise ValueError(f"it takes {joined} channels and gives {out_channels}")
     growth = shapes["body.0.rdb1.conv1.weight"][0]
-    config = RRDBConfig(out_channels, out_channels, width, len(blocks), growth, len(ups), unshuffle)
-    return _of_a_size(config)
+    if TENSORS_IN_BLOCK * len(blocks) > len(shapes):
+        raise ValueError(f"it names {len(blocks)} blocks and holds {len(shapes)} tensors")
+    return RRDBConfig(out_channels, out_channels, width, len(blocks), growth, len(ups), unshuffle)
 
 
 def _compact(shapes: Mapping[str, tuple[int, ...]]) -> CompactConfig:
@@ -158,10 +162,10 @@ def _compact(shapes: Mapping[str, tuple[int, ...]]) -> CompactConfig:
     scale = math.isqrt(last // channels)
     if channels * scale**2 != last:
         raise ValueError(f"its last layer has {last} channels for pictures of {channels}")
-    return _of_a_size(CompactConfig(channels, width, len(layers) // 2 - 1, scale))
+    return CompactConfig(channels, width, len(layers) // 2 - 1, scale)
 
 
-def _of_a_size[Config: (RRDBConfig, CompactConfig)](config: Config) -> Config:
+def _enlarging(config: RRDBConfig | CompactConfig) -> RRDBConfig | CompactConfig:
     if config.scale > MAX_SCALE:
         raise ValueError(f"it enlarges {config.scale} times, at most {MAX_SCALE} times is taken")
     return config

@@ -15,16 +15,27 @@ if TYPE_CHECKING:
 
 def drawn(model: StableDiffusion, request: Request, label: str = "drawing") -> Result:
     """The pictures of a request from `complete`, with its warnings and a progress line on stderr."""
-    from sfumato.generation import Notes, finish, stream  # imports torch, which help texts do without
+    from sfumato.generation import (  # imports torch, which help texts do without
+        Notes,
+        finish,
+        in_turn,
+        stream,
+    )
 
-    notes = Notes()
-    steps = stream(model, request, notes)
-    for warning in notes.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    assert request.steps is not None
-    show, last = progress_line(label), None
-    for last in steps:
-        show(min(last.index + 1, request.steps - 1), request.steps)  # some samplers take more, others fewer
-    show(request.steps, request.steps)
-    assert last is not None
-    return finish(model, request, last, notes, 0.0)
+    told = 0
+
+    def run(stage: Request, notes: Notes) -> Result:
+        nonlocal told
+        steps = stream(model, stage, notes)
+        for warning in notes.warnings[told:]:
+            print(f"warning: {warning}", file=sys.stderr)
+        told = len(notes.warnings)
+        count = max(1, notes.steps or 0)
+        show, last = progress_line(label), None
+        for last in steps:
+            show(min(last.index + 1, count - 1), count)  # some samplers take more, others fewer
+        show(count, count)
+        assert last is not None
+        return finish(model, stage, last, notes, 0.0)
+
+    return in_turn(model, request, run)

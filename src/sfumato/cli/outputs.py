@@ -70,13 +70,13 @@ def picture_place(output: Path | None, format: str | None = None, quality: int =
     kind = None if format is None else embed.format_of(format)
     folder, stem, suffix = output or Path(), None, f".{format or 'png'}".lower()
     if output is not None and output.suffix and not output.is_dir():
-        folder, stem, suffix = output.parent, output.stem, output.suffix.lower()
-        if suffix != ".npy" and suffix.removeprefix(".") not in embed.FORMATS:
+        folder, stem, suffix = output.parent, output.stem, output.suffix
+        if suffix.lower() != ".npy" and suffix.lower().removeprefix(".") not in embed.FORMATS:
             raise InputError(
                 f"{output} is no name of a picture",
                 f"Call it {output.with_suffix('.png').name} (or .jpg, .webp), or give a folder.",
             )
-        suffix = ".png" if suffix == ".npy" else suffix
+        suffix = ".png" if suffix.lower() == ".npy" else suffix
         if kind not in (None, embed.format_of(suffix)):
             raise InputError(f"{output} is no {format} file", "Leave --format out, or change the name.")
     _try_to_write(folder)

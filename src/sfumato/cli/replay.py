@@ -33,6 +33,8 @@ def replay(
         str | None,
         Parameter(metavar="MODEL", help="As in `sfumato generate`; else the embedded one."),
     ] = None,
+    init: Annotated[Path | None, FILE] = None,
+    mask: Annotated[Path | None, FILE] = None,
     start_noise: Annotated[Path | None, FILE] = None,
     weak_model: Annotated[str | None, FILE] = None,
     classifier: Annotated[str | None, FILE] = None,
@@ -58,7 +60,6 @@ def replay(
     from sfumato.cli.draw import drawn
     from sfumato.cli.outputs import picture_place, write
     from sfumato.generation import complete
-    from sfumato.generation.recipe import noise_digest
     from sfumato.model import load
     from sfumato.recipes import read
     from sfumato.recipes.prompts import with_values
@@ -67,14 +68,12 @@ def replay(
     recipe = read(image)
     plan = again(recipe)
     files = {
-        "start_noise": start_noise, "weak_model": weak_model, "classifier": classifier, "lora": lora,
-        "lora_dir": lora_dir, "embedding_dir": embedding_dir, "wildcards": wildcards,
-        "styles_file": styles_file,
+        "init": init, "mask": mask, "start_noise": start_noise, "weak_model": weak_model,
+        "classifier": classifier, "lora": lora, "lora_dir": lora_dir, "embedding_dir": embedding_dir,
+        "wildcards": wildcards, "styles_file": styles_file,
     }  # fmt: skip
     given = {name: value for name, value in files.items() if value is not None}
     changes = {**files_needed(recipe, given), **given}
-    if start_noise is not None and noise_digest(start_noise) != recipe.values.get("start_noise_sha256"):
-        _warn(f"{start_noise} is not the start noise of the picture")
     where = None if check and output is None else picture_place(output)
     loaded = load(model, device=device, dtype=dtype, vae=vae, prediction=prediction, ema=ema, offline=offline)
     for warning in [*recipe.warnings, *check_model(recipe, loaded.name, loaded.digest, model is not None)]:
@@ -82,6 +81,9 @@ def replay(
     request = complete(loaded, with_values(plan.request, changes))
     result = drawn(loaded, request)
     picture, values = result.images[plan.index], result.parameters[plan.index]
+    for name in given:
+        if values.get(f"{name}_sha256") != recipe.values.get(f"{name}_sha256"):
+            _warn(f"{given[name]} is not what the picture was drawn with")
     if where is not None:
         stem = where.stem or f"{image.stem}-replay"
         path = where.folder / f"{stem}{where.suffix}" if where.stem else None

@@ -2,6 +2,6 @@
 
 from sfumato.generation.defaults import complete
 from sfumato.generation.notes import Notes
-from sfumato.generation.run import Result, draw, finish, generate, stream
+from sfumato.generation.run import Result, draw, finish, generate, in_turn, stream
 
-__all__ = ["Notes", "Result", "complete", "draw", "finish", "generate", "stream"]
+__all__ = ["Notes", "Result", "complete", "draw", "finish", "generate", "in_turn", "stream"]

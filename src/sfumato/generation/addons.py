@@ -40,17 +40,17 @@ def loras(request: Request, prompts: Sequence[Written]) -> list[Weighted]:
     return found + [Weighted(read_lora(index.find(name)), unet, text) for name, unet, text in names]
 
 
-def embeddings(model: StableDiffusion, request: Request, prompts: Sequence[Written]) -> Vectors:
-    """The textual inversions whose names occur in the prompts; errors as `read_embedding`."""
+def embeddings(
+    model: StableDiffusion, request: Request, prompts: Sequence[Written]
+) -> tuple[Vectors, list[Path]]:
+    """The textual inversions that the prompts name, and their files; errors as `read_embedding`."""
     if request.embedding_dir is None or request.emphasis == "plain":
-        return {}
+        return {}, []
     index = AddonIndex([Path(request.embedding_dir)])
     texts = "\n".join(f"{one.prompt or ''}\n{one.negative_prompt}" for one in prompts).casefold()
-    found = {}
-    for name in index.names:
-        if name.casefold() in texts:
-            found[name] = read_embedding(index.find(name), model.config).vectors
-    return found
+    paths = {name: index.find(name) for name in index.names if name.casefold() in texts}
+    vectors = {name: read_embedding(path, model.config).vectors for name, path in paths.items()}
+    return vectors, list(paths.values())
 
 
 @contextmanager

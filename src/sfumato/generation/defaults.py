@@ -10,6 +10,8 @@ from pydantic import ValidationError
 
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.errors import InputError
+from sfumato.generation.canvas import drawing_size, margins
+from sfumato.generation.pictures import kind_of
 from sfumato.model import StableDiffusion
 from sfumato.request import Request, input_error
 
@@ -18,6 +20,8 @@ DEFAULTS: Mapping[str, Any] = {  # where neither the request nor the model says
     "sampler": "dpmpp_2m",
     "guidance": 7.5,  # Stable Diffusion v1, scripts/txt2img.py --scale
 }
+STRENGTH = 0.75  # Stable Diffusion v1, scripts/img2img.py --strength
+IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, appendix A.4
 
 
 def complete(model: StableDiffusion, request: Request) -> Request:
@@ -30,8 +34,8 @@ def complete(model: StableDiffusion, request: Request) -> Request:
     values = {name: getattr(request, name) for name in Request.model_fields}
     choices = {
         **DEFAULTS,
-        "width": sides[-1],
-        "height": sides[-2] if len(sides) > 1 else 1,
+        **dict(zip(("width", "height"), drawing_size(model, request), strict=True)),
+        **_picture_choices(model, request),
         "seed": secrets.randbelow(2**32),
         **{name: value for name, value in model.defaults.items() if name != "spacing"},
     }
@@ -55,6 +59,22 @@ def complete(model: StableDiffusion, request: Request) -> Request:
         return Request(**values)
     except ValidationError as error:
         raise input_error(error) from error
+
+
+def _picture_choices(model: StableDiffusion, request: Request) -> dict[str, Any]:
+    """How far to go from a picture; `InputError` for a guidance by it that the model does not know."""
+    kind = kind_of(model)
+    if kind != "edits" and request.image_guidance is not None:
+        raise InputError(
+            f"image_guidance is {request.image_guidance:g}; {model.name!r} does not read it", "Leave it out."
+        )
+    if request.init is None:
+        return {}
+    anew = kind is not None or any(margins(request))
+    return {
+        "strength": 1.0 if anew else STRENGTH,
+        **({"image_guidance": IMAGE_GUIDANCE} if kind == "edits" else {}),
+    }
 
 
 def _text_choices(model: StableDiffusion, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from sfumato.checkpoints.classifier import load_classifier
 from sfumato.conditioning import Conditioning
 from sfumato.diffusion.classifier import ClassProbability, classifier_guided
-from sfumato.diffusion.guidance import Branch, Combine, composed, guided
+from sfumato.diffusion.guidance import Branch, Combine, composed, guided, image_cfg
 from sfumato.diffusion.guidance_attention import attended, self_attention_guided
 from sfumato.diffusion.guidance_methods import (
     autoguidance,
@@ -168,10 +168,19 @@ def _combined(
     assert scale is not None
     if list(weights) != [1] and (request.apg or request.perp_neg is not None):
         raise InputError("AND composes prompts by guidance; apg and perp_neg are others", "Leave one out.")
+    if request.image_guidance is not None and (
+        list(weights) != [1] or request.apg or request.perp_neg is not None
+    ):
+        raise InputError(
+            "models that edit by instructions have a guidance of their own",
+            "Leave AND, apg and perp_neg out.",
+        )
     if request.apg:
         combine: Combine = apg(scale, **_known(request.apg_options, APG_OPTIONS))
     elif request.perp_neg is not None:
         combine = perp_neg(scale, request.perp_neg)
+    elif request.image_guidance is not None:
+        combine = image_cfg(scale, request.image_guidance)
     else:
         combine = composed(scale, weights)
     if request.mimic is not None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from sfumato.errors import NumericalError
+
+if TYPE_CHECKING:
+    from sfumato.generation.pictures import Start
 
 
 @dataclass
 class Notes:
-    """What a run has to tell: warnings for people, the stages that were repeated in float32, and for every
-    picture its prompt and negative prompt with styles and choices drawn."""
+    """What a run has to tell: warnings for people, stages repeated in float32, for every picture its prompts
+    with styles and choices drawn, the sha256 of LoRA and embeddings by kind and name, the number of steps
+    that are run, and what they start from, which `finish` needs.
+    """
 
     warnings: list[str] = field(default_factory=list)
     float32_retries: list[str] = field(default_factory=list)
     prompts: list[tuple[str | None, str]] = field(default_factory=list)
+    addons: dict[str, dict[str, str]] = field(default_factory=dict)
+    steps: int | None = None
+    start: Start | None = None
 
     def warn_once(self, text: str) -> None:
         """A warning, unless it has been given."""

@@ -15,10 +15,12 @@ from sfumato.checkpoints.addons import Weighted
 from sfumato.checkpoints.files import sha256
 from sfumato.generation.notes import Notes
 from sfumato.generation.start import read_noise
+from sfumato.intake import open_picture
 from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
 ADDON_FOLDERS = {"loras": "lora_dir", "embeddings": "embedding_dir"}
+PICTURES = ("init", "mask")
 BESIDE = ("weak_model", "classifier")  # fields that are models, by path or loaded
 
 
@@ -37,13 +39,18 @@ def parameters(
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
         asked = field.json_schema_extra is None or value != field.default
-        if asked and name not in ("num_images", "seed", "start_noise", *BESIDE):
+        if asked and name not in ("num_images", "seed", "start_noise", *PICTURES, *BESIDE):
             common[name] = value
     for name in BESIDE:
         if (given := getattr(request, name)) is not None:
             common |= _beside(name, given)
     if request.start_noise is not None:
         common["start_noise_sha256"] = noise_digest(request.start_noise)
+    for name in PICTURES:
+        if (given := getattr(request, name)) is not None:
+            common[f"{name}_sha256"] = picture_digest(given)
+    if request.init is not None:
+        common["steps_run"] = notes.steps
     for name, used in (addons or {}).items():
         if used or getattr(request, ADDON_FOLDERS[name]) is not None:
             common[name] = dict(sorted(used.items()))
@@ -85,6 +92,16 @@ def noise_digest(given: Any) -> str:
     """sha256 of a start noise's values in float32, for a path or a tensor; `InputError` for no such file."""
     noise = read_noise(given) if isinstance(given, Path) else torch.as_tensor(given)
     return hashlib.sha256(noise.detach().cpu().float().contiguous().numpy().tobytes()).hexdigest()
+
+
+def picture_digest(given: Any) -> str:
+    """sha256 of pixels as they are taken from one given picture or several; errors as `open_picture`."""
+    total = hashlib.sha256()
+    for one in given if isinstance(given, tuple) else (given,):
+        picture = open_picture(one)
+        total.update(f"{picture.mode} {picture.width}x{picture.height} ".encode())
+        total.update(picture.tobytes())
+    return total.hexdigest()
 
 
 def hardware(device: torch.device) -> str:

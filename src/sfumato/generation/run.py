@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,14 +17,15 @@ from sfumato import images
 from sfumato.checkpoints.addons import Weighted
 from sfumato.conditioning import concatenate
 from sfumato.diffusion.noise import ImageNoise
-from sfumato.diffusion.samplers import Sampler, Step, sampler
-from sfumato.diffusion.spacing import Spacing, custom, space
+from sfumato.diffusion.samplers import Step, sampler
 from sfumato.generation.addons import applied, embeddings, loras
 from sfumato.generation.conditions import Conditions, Stage, conditions, encoded
 from sfumato.generation.defaults import complete
 from sfumato.generation.guiding import NotFinite, Watch, denoiser
 from sfumato.generation.notes import Notes, not_finite
-from sfumato.generation.recipe import parameters
+from sfumato.generation.pictures import Start, start
+from sfumato.generation.recipe import addon_digests, parameters
+from sfumato.generation.stages import continued, plan
 from sfumato.generation.start import brownian, noise_config, start_noise
 from sfumato.generation.written import written
 from sfumato.model import StableDiffusion
@@ -35,9 +36,10 @@ from sfumato.request import Request
 class Result:
     """What was drawn.
 
-    images: one PIL picture each, or a preview where samples are no pictures (1-D, 3-D, other channels).
-    samples: (n, c, ...) in about -1..1. latents: (n, z, ...) before decoding. parameters: for each picture
-    all that it takes to draw it again. seconds: wall-clock time.
+    images: one PIL picture each, or a preview where samples are no pictures (1-D, 3-D, other channels); with
+    a mask, what was drawn put into the given picture. samples: (n, c, ...) as decoded, in about -1..1.
+    latents: (n, z, ...) before decoding. parameters: for each picture all that it takes to draw it again.
+    seconds: wall-clock time.
     """
 
     images: list[Image.Image]
@@ -59,10 +61,28 @@ def generate(model: StableDiffusion, request: Request) -> Result:
     Raises `InputError` for what this model cannot take, `NumericalError` naming stage and step where values
     are not finite in float32 either.
     """
-    started, notes = time.perf_counter(), Notes()
-    request = complete(model, request)
-    *_, last = stream(model, request, notes)
-    return finish(model, request, last, notes, time.perf_counter() - started)
+
+    def run(stage: Request, notes: Notes) -> Result:
+        started = time.perf_counter()
+        *_, last = stream(model, stage, notes)
+        return finish(model, stage, last, notes, time.perf_counter() - started)
+
+    return in_turn(model, complete(model, request), run)
+
+
+def in_turn(model: StableDiffusion, request: Request, run: Callable[[Request, Notes], Result]) -> Result:
+    """The result of a request from `complete`, whose drawings `run` makes in turn, each from the last one's.
+
+    Its recipes are those of the request as a whole.
+    """
+    first, *others = plan(request)
+    notes = Notes()
+    result = run(first, notes)
+    for stage in others:
+        seconds = result.seconds
+        result = run(continued(stage, result.images), notes)
+        result = replace(result, seconds=seconds + result.seconds)
+    return replace(result, parameters=parameters(model, request, notes, notes.addons)) if others else result
 
 
 def stream(model: StableDiffusion, request: Request, notes: Notes | None = None) -> Iterator[Step]:
@@ -74,16 +94,20 @@ def stream(model: StableDiffusion, request: Request, notes: Notes | None = None)
     told = Notes() if notes is None else notes
     request = complete(model, request)
     assert request.seed is not None
-    prompts = written(request, told)
+    begin = told.start = start(model, request, told)
+    told.steps = len(begin.plan.sigmas) - 1
+    running = request.model_copy(update={"steps": max(1, told.steps)})
+    prompts = written(running, told)
     told.prompts = [(one.prompt, one.negative_prompt) for one in prompts]
     addons = loras(request, prompts)
-    vectors = embeddings(model, request, prompts)
+    vectors, files = embeddings(model, request, prompts)
+    told.addons = addon_digests(addons, files)
     with applied(model, addons):
-        conds = conditions(model, request, prompts, vectors, told)
+        conds = begin.conditioned(model, conditions(model, running, prompts, vectors, told))
     for text in told.warnings if notes is None else ():
         warnings.warn(text, stacklevel=2)
     seeds = [request.seed + index for index in range(request.num_images)]
-    return _with_loras(model, addons, _steps(model, request, conds, seeds, told))
+    return _with_loras(model, addons, _steps(model, request, conds, seeds, begin, told))
 
 
 def draw(
@@ -100,7 +124,7 @@ def draw(
     negative = encoded(model, request, None, notes).repeat(len(prompts))
     assert request.steps is not None
     conds = Conditions((Stage(request.steps, {"cond": concatenate(rows), "uncond": negative}),))
-    *_, last = _steps(model, request, conds, seeds, notes)
+    *_, last = _steps(model, request, conds, seeds, start(model, request, notes), notes)
     return _decoded(model, request, final_latents(last), notes)
 
 
@@ -108,11 +132,14 @@ def draw(
 def finish(model: StableDiffusion, request: Request, last: Step, notes: Notes, seconds: float) -> Result:
     """The pictures of the last step of `stream(model, request, notes)`, for a request from `complete`."""
     started = time.perf_counter()
-    latents = final_latents(last)
+    assert notes.start is not None
+    latents = notes.start.kept(final_latents(last))
     samples = _decoded(model, request, latents, notes)
-    shown = [images.preview(sample) for sample in samples]
+    shown = notes.start.finished([images.preview(sample) for sample in samples])
     seconds += time.perf_counter() - started
-    return Result(shown, samples, latents, parameters(model, request, notes), notes.warnings, seconds)
+    return Result(
+        shown, samples, latents, parameters(model, request, notes, notes.addons), notes.warnings, seconds
+    )
 
 
 def _steps(
@@ -120,15 +147,16 @@ def _steps(
     request: Request,
     conds: Conditions,
     seeds: Sequence[int],
+    begin: Start,
     notes: Notes,
 ) -> Iterator[Step]:
     """Sampling itself; the conditions have one row for each seed."""
-    assert request.steps is not None and request.sampler is not None
+    assert request.sampler is not None
     assert request.height is not None and request.width is not None
     row = sampler(request.sampler)
     shape = model.latent_shape(request.height, request.width)
-    plan = _plan(model, request, row)
-    start = start_noise(request, seeds, shape)
+    sigmas = begin.plan.sigmas
+    given = start_noise(request, seeds, shape)
     config = noise_config(model, request)
     options: dict[str, Any] = {"eta": request.eta, "variance": request.variance, **request.sampler_options}
     options = {name: value for name, value in options.items() if value is not None}
@@ -136,23 +164,28 @@ def _steps(
         options["schedule"] = model.schedule
 
     def run(model: StableDiffusion) -> Iterator[Step]:
-        noise = ImageNoise(seeds, shape, device=model.device, start=start, config=config)
-        steps_noise = noise if row.noise == "fresh" else brownian(model, seeds, shape, plan.sigmas, config)
-        watch = Watch(denoiser(model, request, conds, plan.sigmas))
-        yield from row(watch, noise.initial() * plan.start_scale, plan.sigmas, steps_noise, **options)
+        noise = ImageNoise(seeds, shape, device=model.device, start=given, config=config)
+        initial = noise.initial()
+        x = begin.x(initial)
+        if len(sigmas) == 1:  # nothing to do
+            yield Step(0, 0.0, 0.0, x, x)
+            return
+        steps_noise = noise if row.noise == "fresh" else brownian(model, seeds, shape, sigmas, config)
+        watch = Watch(begin.denoiser(denoiser(model, request, conds, sigmas), initial))
+        yield from row(watch, x, sigmas, steps_noise, **options)
         watch.check()
 
     def finite() -> Iterator[Step]:
         try:
             yield from run(model)
         except NotFinite as left:
-            notes.float32_retries.append(f"U-Net at step {_step(left.sigma, plan.sigmas)}")
+            notes.float32_retries.append(f"U-Net at step {_step(left.sigma, sigmas)}")
         else:
             return
         try:
             yield from run(model.float32())
         except NotFinite as left:
-            place = f"at step {_step(left.sigma, plan.sigmas)} of {len(plan.sigmas) - 1}"
+            place = f"at step {_step(left.sigma, sigmas)} of {len(sigmas) - 1}"
             raise not_finite("the U-Net", f"{place} (sigma {left.sigma:.4g})") from left
 
     return finite()
@@ -162,15 +195,6 @@ def _with_loras(model: StableDiffusion, addons: Sequence[Weighted], steps: Itera
     """The steps, with the weights changed from the first until the last, or until they are given up."""
     with applied(model, addons):
         yield from steps
-
-
-def _plan(model: StableDiffusion, request: Request, row: Sampler) -> Spacing:
-    """The noise levels of the run."""
-    if request.sigmas is not None:
-        return custom(request.sigmas)
-    assert request.steps is not None
-    options, drop = request.spacing_options, row.discard_penultimate
-    return space(request.spacing, model.schedule, request.steps, options, discard_penultimate=drop)
 
 
 def _step(sigma: float, sigmas: Sequence[float]) -> int:

@@ -18,13 +18,7 @@ from sfumato.request import Request
 from sfumato.request.values import folder
 
 MAX_WARNING = 300  # characters
-# What a recipe says beside the request's fields: about the run, not orders for the next one.
-ABOUT = frozenset({
-    "model", "model_digest", "version", "device", "dtype", "float32_retries", "batch_size", "batch_index",
-    "torch", "threads", "hardware", "picture_sha256", "tool_version", "loras", "embeddings", "Version",
-    "start_noise_sha256", "weak_model_digest", "classifier_digest", "quality", "grid",
-    "drawn_prompt", "drawn_negative_prompt",
-})  # fmt: skip
+MAX_DEPTH = 40  # of lists and objects in a value
 
 
 def _anything(annotation: Any) -> bool:
@@ -39,6 +33,14 @@ def _names_files(name: str, each: FieldInfo) -> bool:
 
 PATHS = frozenset(name for name, each in Request.model_fields.items() if _names_files(name, each))
 """Fields that name files. A stranger's picture must not say what is read from this disk."""
+
+
+# What a recipe says beside the request's fields: about the run, not orders for the next one.
+ABOUT = frozenset({
+    "model", "model_digest", "version", "device", "dtype", "float32_retries", "batch_size", "batch_index",
+    "torch", "threads", "hardware", "picture_sha256", "tool_version", "loras", "embeddings", "Version",
+    "quality", "grid", "drawn_prompt", "drawn_negative_prompt", "steps_run",
+}) | {f"{name}_{kind}" for name in PATHS for kind in ("sha256", "digest")}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ def recipe(tool: str, values: Mapping[str, Any], warnings: list[str] | None = No
 
     Never fails: a value that cannot be taken stays in `values`, and a warning says why.
     """
-    found, told = dict(values), list(warnings or ())
+    found, told = _whole(dict(values)), list(warnings or ())
     wanted = {name: found[name] for name in Request.model_fields if found.get(name) is not None}
     for name in PATHS & wanted.keys():
         del wanted[name]
@@ -82,6 +84,19 @@ def recipe(tool: str, values: Mapping[str, Any], warnings: list[str] | None = No
         name for name, value in found.items() if value is not None and name not in taken and name not in ABOUT
     ]
     return Recipe(tool, request, found, ignored, [warning[:MAX_WARNING] for warning in told])
+
+
+def _whole(value: Any, depth: int = 0) -> Any:
+    """The value with halves of characters replaced, which no file can hold, and no deeper than 40 levels."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if depth > MAX_DEPTH and isinstance(value, list | dict):
+        return None
+    if isinstance(value, list):
+        return [_whole(each, depth + 1) for each in value]
+    if isinstance(value, dict):
+        return {_whole(str(name)): _whole(each, depth + 1) for name, each in value.items()}
+    return value
 
 
 def _problem(read: Any, name: Any) -> str:

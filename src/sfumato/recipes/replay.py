@@ -35,6 +35,8 @@ CAUSES = {
     "weak_model_digest": "another weak model",
     "classifier_digest": "another classifier",
     "start_noise_sha256": "another start noise",
+    "init_sha256": "another picture to start from",
+    "mask_sha256": "another mask",
 }
 
 
@@ -70,7 +72,8 @@ def again(recipe: Recipe) -> Again:
     if "grid" in recipe.values:
         raise InputError("this is a sheet of several pictures", "Replay one of them, or draw the sheet anew.")
     batch = request.num_images > 1 and not request.deterministic
-    if batch or request.shared_start or "start_noise_sha256" in recipe.values or request.seed is None:
+    given = any(f"{name}_sha256" in recipe.values for name in PATHS)  # one for all, or one for each
+    if batch or given or request.shared_start or request.seed is None:
         return Again(request, recipe.index)
     alone: dict[str, Any] = {"num_images": 1, "seed": request.seed + recipe.index}
     if request.variation_seed is not None:
@@ -83,7 +86,8 @@ def files_needed(recipe: Recipe, given: Collection[str]) -> dict[str, Any]:
 
     given: the fields of files that someone has named. Prompts that were drawn from files are taken as they
     were drawn, where the picture stands alone. A folder of LoRA is asked for by drawing, where a prompt has
-    tags, and one of embeddings is not where none was used. `InputError` for what cannot be done without its file.
+    tags, and one of embeddings is not where none was used. `InputError` for what cannot be done without
+    its file.
     """
     values, changes = recipe.values, dict[str, Any]()
     alone = recipe.request is not None and (recipe.request.num_images == 1 or recipe.request.deterministic)

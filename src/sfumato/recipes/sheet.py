@@ -13,12 +13,13 @@ from sfumato.errors import InputError
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-INK, PALE, PAPER = "#1f1f1f", "#6b6b6b", "#ffffff"
+INK, PALE, HAIRLINE, PAPER = "#1f1f1f", "#6b6b6b", "#d9d9d9", "#ffffff"
 MARGIN, GAP, PANEL_GAP = 24, 8, 28  # pixels: around all, between pictures, between panels
 TITLE, LABEL, AXIS = 20, 16, 13  # heights of letters
 SMALLEST = 128  # pixels: smaller pictures are shown at a whole multiple, so that labels fit
 MAX_LINES = 3  # of a label
 MAX_SIDE, MAX_PIXELS = 60_000, 300_000_000
+WIDEST_TITLE = 480  # pixels that a title may ask for
 ROW_WIDTH = 180  # pixels at most for the labels at the left
 
 
@@ -72,7 +73,7 @@ class _Layout:
         widest = max(widest, min(_length(rows.title, AXIS), ROW_WIDTH))
         self.left = MARGIN + (widest + 2 * GAP if widest else 0)
         across = len(columns.labels) * (self.cell[0] + GAP) - GAP
-        self.width = self.left + max(across, min(_length(title, TITLE), 480)) + MARGIN
+        self.width = max(self.left + across, MARGIN + min(_length(title, TITLE), WIDEST_TITLE)) + MARGIN
         self.title = wrapped(title, TITLE, self.width - 2 * MARGIN)
         self.top = MARGIN + len(self.title) * _height(TITLE) + (GAP * 2 if self.title else 0)
         lines = max(map(len, self.heads))
@@ -93,7 +94,9 @@ class _Layout:
         for number, label in enumerate(self.panels.labels):
             top = self.top + number * (self.panel + PANEL_GAP)
             if self.panels.title:
-                draw.text((MARGIN, top), f"{self.panels.title}  {label}", INK, _font(LABEL))
+                draw.text((MARGIN, top + LABEL), self.panels.title, PALE, _font(AXIS), anchor="ls")
+                beside = MARGIN + _length(self.panels.title, AXIS) + GAP
+                draw.text((beside, top + LABEL), label, INK, _font(LABEL), anchor="ls")
             self._panel(sheet, draw, top + self.name, images[number * each : (number + 1) * each])
         return sheet
 
@@ -119,8 +122,7 @@ class _Layout:
         for index, image in enumerate(images):
             row, column = divmod(index, len(self.columns.labels))
             place = (self.left + column * (self.cell[0] + GAP), below + row * (self.cell[1] + GAP))
-            shown = image.convert("RGB").resize(self.cell, Image.Resampling.NEAREST)
-            sheet.paste(shown, place)
+            _framed(sheet, draw, image, place, self.cell)
 
 
 def captioned(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.Image:
@@ -139,9 +141,21 @@ def captioned(images: Sequence[Image.Image], captions: Sequence[str]) -> Image.I
         for i, line in enumerate(lines[index]):
             low = top + room - (len(lines[index]) - 1 - i) * _height(LABEL)
             draw.text((left + width // 2, low), line, INK, _font(LABEL), anchor="md")
-        shown = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-        sheet.paste(shown, (left, top + room + GAP // 2))
+        _framed(sheet, draw, image, (left, top + room + GAP // 2), (width, height))
     return sheet
+
+
+def _framed(
+    sheet: Image.Image,
+    draw: ImageDraw.ImageDraw,
+    image: Image.Image,
+    place: tuple[int, int],
+    size: tuple[int, int],
+) -> None:
+    """Put a picture on the sheet, in a hairline that a white one is seen by."""
+    left, top = place
+    draw.rectangle((left - 1, top - 1, left + size[0], top + size[1]), outline=HAIRLINE)
+    sheet.paste(image.convert("RGB").resize(size, Image.Resampling.NEAREST), place)
 
 
 @cache

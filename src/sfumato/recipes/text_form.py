@@ -238,7 +238,7 @@ def _quoted(value: Any) -> str:
 
 def _unquoted(text: str) -> str:
     try:
-        return str(json.loads(text, strict=False))
+        return str(json.loads(text))
     except (ValueError, RecursionError):
         return text
 

@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from sfumato.errors import InputError, nearest
+from sfumato.request import picture
 from sfumato.request.values import (
     folder,
     numbers,
@@ -313,6 +314,28 @@ class Request(BaseModel):
         description="Start noise, a .npy or .safetensors file: one latent for all pictures, or one for each.",
     )
     shared_start: bool = Field(default=False, description="All pictures start from the noise of the first.")
+    init: picture.Init = None
+    strength: picture.Strength = None
+    steps_mode: picture.StepsMode = "strength"
+    resize: picture.Resize = "stretch"
+    match_colours: picture.MatchColours = "none"
+    loopback: picture.Loopback = 1
+    loopback_decay: picture.LoopbackDecay = 1.0
+    mask: picture.Mask = None
+    mask_alpha: picture.MaskAlpha = False
+    mask_invert: picture.MaskInvert = False
+    mask_blur: picture.MaskBlur = 0.0
+    mask_feather: picture.MaskFeather = None
+    mask_content: picture.MaskContent = "original"
+    soft_mask: picture.SoftMask = False
+    only_masked: picture.OnlyMasked = False
+    only_masked_padding: picture.Padding = 32
+    region: picture.Region = None
+    outpaint_left: picture.Outpaint = 0
+    outpaint_right: picture.Outpaint = 0
+    outpaint_top: picture.Outpaint = 0
+    outpaint_bottom: picture.Outpaint = 0
+    image_guidance: picture.ImageGuidance = None
 
     @model_validator(mode="before")
     @classmethod

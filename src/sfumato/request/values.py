@@ -77,3 +77,14 @@ def path_or_object(value: Any) -> Any:
 def folder(value: Any) -> Any:
     """A place on the disk as text, which recipes can hold."""
     return str(value) if isinstance(value, Path) else value
+
+
+def pictures(value: Any) -> Any:
+    """A path, the bytes of a file or a PIL picture, or one of them for each picture to draw."""
+    if isinstance(value, list | tuple):
+        return tuple(pictures(one) for one in value)
+    if isinstance(value, str | Path):
+        return Path(value)
+    if not isinstance(value, bytes) and not hasattr(value, "getexif"):  # which pictures of PIL alone have
+        raise ValueError(f"{type(value).__name__} is neither a path nor a picture")
+    return value
