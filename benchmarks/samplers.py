@@ -47,7 +47,7 @@ def pictures(model: sfumato.StableDiffusion, name: str, steps: int) -> torch.Ten
 
 
 def groups(names: list[str]) -> dict[str, list[str]]:
-    """By spacing: a row's own, or "uniform" where its own starts below the last timestep, as no other does."""
+    """By spacing: a row's own, or "uniform" where its own starts below the last timestep."""
     lower = [name for name in names if SAMPLERS[name].spacing == "leading"]
     return {"auto": [name for name in names if name not in lower], "uniform": lower}
 

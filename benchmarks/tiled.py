@@ -56,7 +56,7 @@ def decode(way: str, pixels: int, out: Path) -> None:
 def measured(way: str, pixels: int, out: Path) -> dict[str, Any]:
     """The same in a process of its own."""
     command = [sys.executable, __file__, "--way", way, "--pixels", str(pixels), "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
     values = json.loads(done.stdout)
     megabyte = 2**20
     return {

@@ -116,12 +116,10 @@ def theirs(kind: Any, config: Any, network: nn.Module) -> Any:
     return reference
 
 
-def reference_run(
-    controls: list[tuple[ControlNet, float, float, float, bool]], x: Tensor, steps: int, scale: float
-) -> Tensor:
-    """DDIM as diffusers' ControlNet pipeline runs it: (network, scale, start, end, guess mode) each."""
+def reference_run(controls: list[Control], x: Tensor, steps: int, scale: float) -> Tensor:
+    """DDIM as diffusers' ControlNet pipeline runs it; "control" is what it calls guess mode."""
     unet = theirs(diffusers.UNet2DConditionModel, CONFIG, UNET)
-    nets = [theirs(diffusers.ControlNetModel, HINTED, control[0]) for control in controls]
+    nets = [theirs(diffusers.ControlNetModel, HINTED, control.network) for control in controls]
     scheduler = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1,
@@ -132,10 +130,13 @@ def reference_run(
         predicted: dict[str, Tensor] = {}
         for name, context in contexts.items():
             down, middle = None, None
-            for net, (_, weight, start, end, guess) in zip(nets, controls, strict=True):
-                keep = 1.0 - float(i / steps < start or (i + 1) / steps > end)
-                more, last = net(x, t, context, HINT.repeat(2, 1, 1, 1), weight * keep, return_dict=False)
-                if guess:
+            for net, control in zip(nets, controls, strict=True):
+                asked = control.influence
+                keep = 1.0 - float(i / steps < asked.start or (i + 1) / steps > asked.end)
+                more, last = net(
+                    x, t, context, HINT.repeat(2, 1, 1, 1), asked.weight * keep, return_dict=False
+                )
+                if asked.mode == "control":
                     fading = [0.825 ** (len(more) - j) for j in range(len(more) + 1)]
                     share = 0.0 if name == "uncond" else 1.0
                     more = [share * one * fade for one, fade in zip(more, fading[:-1], strict=True)]
@@ -164,10 +165,7 @@ def test_ddim_with_controlnets_is_that_of_diffusers(influences: list[Influence])
     nets = [FIRST, SECOND][: len(influences)]
     controls = [Control(net, influence) for net, influence in zip(nets, influences, strict=True)]
     start, steps, scale = seeded(9, 2, 4, 8, 8), 4, 3.0
-    expected = reference_run(
-        [(net, i.weight, i.start, i.end, i.mode == "control") for net, i in zip(nets, influences, strict=True)],
-        start, steps, scale,
-    )  # fmt: skip
+    expected = reference_run(controls, start, steps, scale)
     # The timesteps of diffusers' DDIM, "leading" with an offset of 1, and its last level, that of timestep 0.
     levels = [SCHEDULE.sigma(t) for t in (751, 501, 251, 1, 0)]
 
@@ -178,14 +176,13 @@ def test_ddim_with_controlnets_is_that_of_diffusers(influences: list[Influence])
     conds = with_shown(CONDS, [seen_by(control) for control in controls], 2)
     denoise = guided({name: (model, cond) for name, cond in conds.items()}, cfg(scale))
     begin = start * (1 + levels[0] ** 2) ** 0.5
-    noise = ImageNoise([0, 1], (4, 8, 8))
+    noise = ImageNoise([0, 1], (4, 8, 8), device=torch.device("cpu"))
     *_, last = sampler("ddim")(denoise, begin, levels, noise, eta=0.0)
     found = last.x / (1 + last.target**2) ** 0.5
     assert ((found - expected).abs().max() / expected.abs().max()).item() <= 1e-4
-    *_, free = sampler("ddim")(
-        guided({name: (predictor(lambda x, t, c: network(x, t, c)), cond) for name, cond in CONDS.items()}, cfg(scale)),
-        begin, levels, noise, eta=0.0,
-    )  # fmt: skip
+    plain = predictor(network)
+    denoise = guided({name: (plain, cond) for name, cond in CONDS.items()}, cfg(scale))
+    *_, free = sampler("ddim")(denoise, begin, levels, noise, eta=0.0)
     assert (free.x / (1 + free.target**2) ** 0.5 - expected).abs().max() > 0.01
 
 

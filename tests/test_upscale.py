@@ -18,7 +18,7 @@ def compact(scale: int = 2, channels: int = 3) -> Upscaler:
     torch.manual_seed(0)
     network = CompactNet(CompactConfig(channels, num_features=8, num_convs=2, scale=scale)).eval()
     with torch.no_grad():
-        network.body[-1].weight.mul_(0.1)  # near the nearest pixels, as a trained one is
+        network.state_dict()["body.6.weight"].mul_(0.1)  # near the nearest pixels, as a trained one is
     return Upscaler(network, "compact", "compact", scale, 1, channels)
 
 
@@ -72,8 +72,8 @@ def test_scales_between_and_beyond_the_networks() -> None:
 
 def test_a_flat_picture_stays_near_what_it_was() -> None:
     network = CompactNet(CompactConfig(num_features=4, num_convs=1, scale=2)).eval()
-    nn.init.zeros_(network.body[-1].weight)  # type: ignore[arg-type]
-    nn.init.zeros_(network.body[-1].bias)  # type: ignore[arg-type]
+    nn.init.zeros_(network.state_dict()["body.4.weight"])
+    nn.init.zeros_(network.state_dict()["body.4.bias"])
     upscaler = Upscaler(network, "nearest", "compact", 2, 1, 3)
     image = picture(30, 20)
     assert enlarge(image, upscaler, tile=8, overlap=4).tobytes() == image.resize((60, 40), 0).tobytes()
@@ -108,6 +108,6 @@ def test_what_cannot_be_enlarged_is_refused() -> None:
         enlarge(picture(4, 4), compact(channels=4))
     broken = compact()
     with torch.no_grad():
-        broken.network.body[-1].bias.fill_(float("inf"))
+        broken.network.state_dict()["body.6.bias"].fill_(float("inf"))
     with pytest.raises(NumericalError, match="left the finite"):
         enlarge(picture(4, 4), broken)

@@ -92,7 +92,9 @@ def request(chance: random.Random) -> Request:
     letters = [
         chr(chance.choice((chance.randrange(32, 127), chance.randrange(0x100, 0xD800)))) for _ in range(40)
     ]
-    options = {"s_noise": chance.uniform(0.5, 2)} if "s_noise" in SAMPLERS[sampler].options else {}
+    options: dict[str, float | str] = {}
+    if "s_noise" in SAMPLERS[sampler].options:
+        options["s_noise"] = chance.uniform(0.5, 2)
     return Request(
         prompt="".join(letters[:25]), negative_prompt="".join(letters[25:]), steps=chance.randint(1, 100),
         sampler=sampler, spacing=spacing, sampler_options=options, guidance=chance.uniform(0, 20),

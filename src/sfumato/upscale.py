@@ -125,7 +125,8 @@ def _covered(colours: Image.Image, alpha: Image.Image) -> Image.Image:
     seen = (torch.from_numpy(np.array(alpha)) > 0).float()[None, None]
     levels = [(values * seen, seen)]
     while max(levels[-1][1].shape[-2:]) > 1:
-        levels.append(tuple(F.avg_pool2d(each, 2, ceil_mode=True) for each in levels[-1]))
+        total, weight = levels[-1]
+        levels.append((F.avg_pool2d(total, 2, ceil_mode=True), F.avg_pool2d(weight, 2, ceil_mode=True)))
     filled: Tensor | None = None
     for total, weight in reversed(levels):
         mean = total / weight.clamp_min(1e-12)

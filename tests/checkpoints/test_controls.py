@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import diffusers
@@ -18,6 +20,7 @@ from sfumato.checkpoints.control_layouts import control_pairs
 from sfumato.checkpoints.controls import find_control, load_control
 from sfumato.checkpoints.files import open_file, write_tensors
 from sfumato.checkpoints.layouts import to_foreign
+from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
@@ -206,7 +209,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path: Path, kind: str, damage:
     if damage == "missing":
         del tensors[name]
     elif damage == "unexpected":
-        name = "a_strange_tensor.weight"
+        name = "a_strange_tensor_of_another_network_altogether.weight"
         tensors[name] = torch.zeros(3)
     elif damage == "shape":
         tensors[name] = torch.zeros(3, 5)
@@ -257,3 +260,42 @@ def test_heads_are_read_from_metadata(tmp_path: Path) -> None:
     path = written(tmp_path / "a.safetensors", state_of(ControlNet(SD1)), {"num_heads": "4"})
     found: Any = load_control(path)
     assert found.config.encoder.num_heads == 4
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_damaged_shapes_end_in_errors_for_people(kind: str) -> None:
+    """Some tensors have other shapes, are gone, or are there twice over: nothing is built of such a file."""
+    random, whole = Random(0), {name: tuple(value.shape) for name, value in in_file(kind).items()}
+    refused = 0
+    for _ in range(60):
+        shapes = dict(whole)
+        for name in random.sample(sorted(shapes), random.randint(1, 4)):
+            damage = random.randrange(4)
+            if damage == 0:
+                del shapes[name]
+            elif damage == 1:
+                shapes[name] = tuple(random.choice((0, 1, 3, 2**40)) for _ in range(random.randint(0, 5)))
+            elif damage == 2:
+                shapes[name.replace("0", "77777")] = shapes.pop(name)
+            else:
+                shapes[name + ".1.transformer_blocks.5.x"] = (1,)
+        infos = {name: TensorInfo(torch.float32, shape) for name, shape in shapes.items()}
+        source = Source(Path("damaged.safetensors"), "safetensors", infos, lambda name: torch.zeros(1))
+        if shapes == whole:
+            continue
+        refused += 1
+        with pytest.raises(CheckpointError, match="damaged.safetensors"):
+            find_control(source)
+    assert refused > 50
+
+
+def test_names_that_would_make_more_layers_than_there_are_tensors_are_refused() -> None:
+    names = ["input_hint_block.0.weight", "input_hint_block.2.weight", "input_blocks.0.0.weight"]
+    names += [f"input_blocks.{i}.0.out_layers.3.weight" for i in range(1, 1500)]
+    names += [f"input_blocks.1.1.transformer_blocks.{i}.attn2.to_k.weight" for i in range(1500)]
+    infos = {name: TensorInfo(torch.float32, (32, 32, 3, 3)) for name in names}
+    source = Source(Path("large.safetensors"), "safetensors", infos, lambda name: torch.zeros(1))
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match="no whole ControlNet"):
+        find_control(source)
+    assert time.perf_counter() - started < 10

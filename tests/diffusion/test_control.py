@@ -36,7 +36,7 @@ def test_without_weight_no_step_counts() -> None:
 
 
 def test_fading_is_that_of_guess_mode() -> None:
-    """`control_scales = [strength * (0.825 ** float(12 - i)) for i in range(13)]` in ControlNet's own code."""
+    """strength * 0.825 ** (12 - i) for the 13 of Stable Diffusion 1, in ControlNet's own code."""
     assert Influence(mode="balanced").residual_weights(13) == [1.0] * 13
     for mode in ("prompt", "control"):
         expected = [0.825 ** float(12 - i) for i in range(13)]

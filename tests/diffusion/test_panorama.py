@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,7 +105,7 @@ def test_windows_cover_every_place_and_overlap(
             assert start >= 0 and (round_ or start + side <= length)
     assert bool((count > 0).all())
     lefts = sorted({one.left for one in found})
-    for first, second in zip(lefts[:-1], lefts[1:], strict=True):
+    for first, second in pairwise(lefts):
         assert first + found[0].width - second >= min(overlap, found[0].width - 1)
 
 
@@ -132,11 +134,13 @@ def test_regions_keep_to_their_masks() -> None:
 
 def test_a_sampler_runs_on_it_and_rows_are_parts_of_the_batch() -> None:
     torch.manual_seed(0)
+
+    def shifted(x: Tensor, sigma: float, cond: Conditioning) -> Tensor:
+        assert cond.vector is not None
+        return plain(x, sigma) + cond.vector[:, :, None, None]
+
     branches = {
-        name: (
-            lambda x, sigma, cond: plain(x, sigma) + cond.vector[:, :, None, None],
-            Conditioning(vector=row),
-        )
+        name: (shifted, Conditioning(vector=row))
         for name, row in (("cond", torch.randn(3, 4)), ("uncond", torch.zeros(3, 4)))
     }
     both = guided(branches, cfg(2.0))

@@ -87,6 +87,15 @@ def test_exact_encoding_is_the_whole_encoder() -> None:
 
 
 @torch.no_grad()
+def test_half_precision_stays_half_precision_and_near() -> None:
+    model, z = random_model(), torch.randn(1, 4, 12, 9)
+    wanted = model.decode(z)
+    given = decode_tiled(model.bfloat16(), z.bfloat16())
+    assert given.dtype == torch.bfloat16
+    assert decibels(given.float(), wanted) > 25
+
+
+@torch.no_grad()
 def test_a_codebook_is_asked_first() -> None:
     config = AutoencoderConfig(
         ch=8, ch_mult=(1, 2), num_res_blocks=1, num_groups=4, double_z=False, n_embed=16

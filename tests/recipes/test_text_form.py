@@ -43,6 +43,8 @@ FULL = (  # AUTOMATIC1111 1.9, with the habits of its extensions
 def test_what_is_written() -> None:
     assert to_text(VALUES) == TEXT
     assert to_text(dict(reversed(VALUES.items()))) == TEXT, "the order of the values does not matter"
+    one, two = ({"sampler_options": {"r": 1, "order": 2}}, {"sampler_options": {"order": 2, "r": 1}})
+    assert to_text(one) == to_text(two)
     assert to_text({}) == "\nVersion: sfumato"
     assert to_text({"prompt": "a\0b \ud800"}) == "a b ?\nVersion: sfumato"
 

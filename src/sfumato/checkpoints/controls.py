@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from sfumato.runtime import shapes_only
 
 Loaded = ControlNet | T2IAdapter | IPAdapter | CLIPVisionEncoder
 CONTROL = "control_model."
+SPARE = 1000  # pairs beyond the file's tensors after which its names are not believed
+# Whatever damaged shapes lead to: widths of 0, heads that do not divide, groups of nothing.
+IMPOSSIBLE = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
 # Of a file that holds the model a ControlNet was trained on too, as its authors first released them.
 BESIDE = re.compile(r"(?:model\.diffusion_model|first_stage_model|cond_stage_model)\..+")
 TEXT = re.compile(r"(?:text_model\..+|text_projection\.weight|logit_scale)")  # of a whole CLIP
@@ -86,8 +90,11 @@ def load_control(
         path, values = _component(path)
     opened = open_file(path, mmap=mmap)
     found = find_control(opened, values)
-    with shapes_only():
-        network = NETWORKS[found.kind](found.config)
+    try:
+        with shapes_only():
+            network = NETWORKS[found.kind](found.config)
+    except IMPOSSIBLE as error:
+        raise CheckpointError(f"{path} has a {found.kind} that cannot be built: {error}", "") from error
     load_part(network, Part(found.config, found.pairs, opened), dtype, device)
     return network
 
@@ -110,9 +117,14 @@ def find_control(source: Source, values: Mapping[str, Any] | None = None) -> Fou
     shapes = {name.removeprefix(prefix): source.infos[name].shape for name in mine}
     try:
         config, table = _described(kind, shapes, source.metadata, given, place)
+        listed = tuple(islice(table, 2 * len(source.infos) + SPARE))
     except CheckpointError as error:
         raise CheckpointError(f"{place}: {error.message}", error.hint) from error
-    pairs = tuple(replace(pair, foreign=tuple(prefix + name for name in pair.foreign)) for pair in table)
+    except IMPOSSIBLE as error:
+        raise CheckpointError(
+            f"{place} has a {kind} that cannot be built: {error}", "Get it again."
+        ) from error
+    pairs = tuple(replace(pair, foreign=tuple(prefix + name for name in pair.foreign)) for pair in listed)
     wanted = {
         name: shape for pair in pairs for name, shape in zip(pair.foreign, pair.foreign_shapes(), strict=True)
     }

@@ -66,6 +66,11 @@ def application() -> App:
     app.command("sfumato.cli.info:info", name="info", help="Show how a picture was drawn, by any tool.")
     app.command("sfumato.cli.replay:replay", name="replay", help="Draw a picture again by its recipe.")
     app.command("sfumato.cli.upscale:upscale", name="upscale", help="Make pictures larger.")
+    app.command(
+        "sfumato.cli.preprocess:preprocess",
+        name="preprocess",
+        help="Make the picture that a control network is shown: edges, lines, tones.",
+    )
     app.command("sfumato.cli.train:train", name="train", help="Train by a recipe; run it again to resume.")
     app.command(
         "sfumato.cli.inspect:inspect",

@@ -91,21 +91,25 @@ def generate(
     plans = [complete(loaded, each) for each in requests]
     if matrix:
         plans = [plan.model_copy(update={"seed": plans[0].seed}) for plan in plans]
-    results = []
+    results, steps = [], ""
     for index, plan in enumerate(plans):
         result = drawn(loaded, plan, f"drawing {index + 1}/{len(plans)}" if len(plans) > 1 else "drawing")
         own = where if len(plans) == 1 else where.numbered(index, len(plans))
+        if isinstance(plan.init, Path) and request.init != plan.init and plan.num_images == 1:
+            own = own.after(plan.init)
         for path in save(result, own, grid and len(plans) == 1):
             print(path)
         if grid and len(plans) > 1:
             results.append(result)
+        if plan.init is not None:
+            steps = f"{result.parameters[0]['steps_run']} steps from strength {plan.strength:g}, "
     if results:
         print(save_sheet(results, where, request.prompt if matrix else None))
     drawings = sum(plan.num_images for plan in plans)
     count = f"{drawings} pictures" if drawings > 1 else "1 picture"
     seconds = time.perf_counter() - started
     seed = f"seed {plans[0].seed}, " if len({plan.seed for plan in plans}) == 1 else ""
-    print(f"{count} in {seconds:.1f} s, {seed}{loaded.name}", file=sys.stderr)
+    print(f"{count} in {seconds:.1f} s, {seed}{steps}{loaded.name}", file=sys.stderr)
 
 
 def _requests(request: Request, from_file: Path | None, matrix: bool) -> list[Request]:
@@ -119,7 +123,21 @@ def _requests(request: Request, from_file: Path | None, matrix: bool) -> list[Re
             raise InputError("a prompt and --from-file are both given", "Give one of them.")
         return prompts.read_prompts(from_file, request)
     if not matrix:
-        return [request]
+        return _for_each_picture(request)
     if not request.prompt:
         raise InputError("--matrix has no prompt", "Give one such as 'a fox|in snow|at night'.")
     return [prompts.with_values(request, {"prompt": text}) for text in prompts.matrix(request.prompt)]
+
+
+def _for_each_picture(request: Request) -> list[Request]:
+    """The request; one for each picture, where it starts from a folder of them."""
+    from sfumato.intake import is_picture  # imports numpy, which a help text can do without
+
+    if not isinstance(request.init, Path) or not request.init.is_dir():
+        return [request]
+    found = sorted(path for path in request.init.iterdir() if is_picture(path))
+    if not found:
+        raise InputError(
+            f"{request.init} holds no pictures", "Give a picture, or a folder of them, to --init."
+        )
+    return [request.model_copy(update={"init": path}) for path in found]

@@ -70,6 +70,8 @@ def _lines(values: dict[str, Any]) -> list[str]:
 
 def _shown(value: Any) -> str:
     """A value on a line, without what would move a terminal's cursor."""
+    from sfumato.recipes.recipe import printable
+
     line = value if isinstance(value, str) else text.dumps(value, ensure_ascii=False)
-    line = "".join(letter if letter.isprintable() else " " for letter in line)
+    line = printable(line)
     return line if len(line) <= 2000 else f"{line[:2000]}..."

@@ -40,6 +40,12 @@ class Place:
             return self
         return replace(self, stem=f"{self.stem}-{index:0{len(str(count - 1))}}")
 
+    def after(self, picture: Path) -> Place:
+        """The place of what was drawn from a picture: its name, if that is free, where none was given."""
+        if self.stem is not None:
+            return self
+        return replace(self, stem=images.free_path(self.folder, picture.stem, self.suffix).stem)
+
 
 def place(output: Path | None) -> tuple[Path, str | None]:
     """(folder, stem or None for one of the caller's own) of a PNG file to write, after trying to.

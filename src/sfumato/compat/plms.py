@@ -40,7 +40,7 @@ class PLMSSampler(DDIMSampler):
         unconditional_guidance_scale: float = 1.0,
         unconditional_conditioning: Condition = None,
     ) -> tuple[Tensor, Drawn]:
-        """As `DDIMSampler.sample`; `InputError` for a mask, and for an eta other than 0 as in the original."""
+        """As `DDIMSampler.sample`; `InputError` for a mask, and for an eta other than 0 as there."""
         if eta != 0:
             raise InputError(f"ddim_eta is {eta}; PLMS has no noise of its own", "Use DDIMSampler.")
         if mask is not None:

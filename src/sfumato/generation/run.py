@@ -82,7 +82,9 @@ def in_turn(model: StableDiffusion, request: Request, run: Callable[[Request, No
         seconds = result.seconds
         result = run(continued(stage, result.images), notes)
         result = replace(result, seconds=seconds + result.seconds)
-    return replace(result, parameters=parameters(model, request, notes, notes.addons)) if others else result
+    if first is request:
+        return result
+    return replace(result, parameters=parameters(model, request, notes, notes.addons))
 
 
 def stream(model: StableDiffusion, request: Request, notes: Notes | None = None) -> Iterator[Step]:

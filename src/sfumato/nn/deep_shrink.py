@@ -1,4 +1,4 @@
-"""Deep shrink: a U-Net that works on a smaller map for a while, so that large pictures hold together (Kohya 2023)."""
+"""Deep shrink: a U-Net on a smaller map for a while, so that large pictures hold together (Kohya 2023)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Method = Literal["bicubic", "bilinear", "nearest-exact", "area"]
 
 
 def deep_shrink(config: UNetConfig, block: int = 3, factor: float = 2.0, method: Method = "bicubic") -> Patch:
-    """A patch that makes what leaves `input_blocks.block` `factor` times smaller, and undoes it in the decoder.
+    """A patch that makes what leaves `input_blocks.block` `factor` times smaller, until the decoder.
 
     It is meant for the first steps, while the composition is found, in pictures larger than those of the
     training: give it to the noise levels above that of step 35 % (ComfyUI's default), and none to the rest.

@@ -36,8 +36,8 @@ class RRDBConfig:
         _check_counts(self, at_least_0=("num_upsamplings",))
         if 2**self.num_upsamplings % self.unshuffle:
             raise InputError(
-                f"{self.num_upsamplings} doublings after an unshuffle of {self.unshuffle} enlarge by no whole "
-                "number.",
+                f"{self.num_upsamplings} doublings after an unshuffle of {self.unshuffle} enlarge by no "
+                "whole number.",
                 "Choose a power of 2 that is no larger.",
             )
 
@@ -48,7 +48,7 @@ class RRDBConfig:
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each given all that came before it; a fifth of the last one is added to the input."""
+    """Five convolutions, each given all that came before; a fifth of the last is added to the input."""
 
     def __init__(self, num_features: int, num_growth: int) -> None:
         super().__init__()

@@ -192,4 +192,6 @@ def _larger(upsample: nn.Module, h: Rows, wrap: Wrap) -> Rows:
 
 
 def _whole(rows: Rows) -> Tensor:
-    return store(rows).stored if rows.stored is None else rows.stored
+    values = rows.stored if rows.stored is not None else store(rows).stored
+    assert values is not None
+    return values

@@ -83,7 +83,14 @@ def recipe(tool: str, values: Mapping[str, Any], warnings: list[str] | None = No
     ignored = [
         name for name, value in found.items() if value is not None and name not in taken and name not in ABOUT
     ]
-    return Recipe(tool, request, found, ignored, [warning[:MAX_WARNING] for warning in told])
+    return Recipe(
+        printable(tool), request, found, ignored, [printable(warning)[:MAX_WARNING] for warning in told]
+    )
+
+
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor or end its line."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
 def _whole(value: Any, depth: int = 0) -> Any:

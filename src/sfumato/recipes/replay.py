@@ -15,7 +15,7 @@ from PIL import Image
 from sfumato.errors import InputError
 from sfumato.recipes.containers import read_container
 from sfumato.recipes.embed import DIGEST, QUALITY, digest, encode
-from sfumato.recipes.recipe import PATHS, Recipe
+from sfumato.recipes.recipe import PATHS, Recipe, printable
 from sfumato.request import Request
 
 WORDS = ("wildcards", "styles_file")  # what is taken from these stands in the prompts as drawn
@@ -118,7 +118,7 @@ def check_model(recipe: Recipe, name: str, found: str | None, given: bool) -> li
     wanted, model = recipe.values.get("model_digest"), recipe.values.get("model")
     if _same_digest(wanted, found) or (wanted is None and model in (None, name)):
         return []
-    label = f"{model or 'another model'}" + (f" ({str(wanted)[:10]})" if wanted else "")
+    label = f"{_short(model or 'another model')}" + (f" ({_short(wanted)[:10]})" if wanted else "")
     if not given:
         raise InputError(f"the picture was drawn with {label}", "Give its file or name with --model.")
     return [f"the picture was drawn with {label}, not with {name} ({str(found)[:10]})"]
@@ -175,7 +175,7 @@ def _differences(recipe: Recipe, values: Mapping[str, Any]) -> list[str]:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = printable(str(value))
     return text[:10] if len(text) == 64 else text[:80]
 
 

@@ -94,7 +94,9 @@ def to_text(values: Mapping[str, Any]) -> str:
         fields[theirs] = None if same else value
     for name, theirs in HASHES.items():
         known = values.get(name) if isinstance(values.get(name), Mapping) else None
-        fields[theirs] = ", ".join(f"{each}: {str(sha)[:SHORT_ADDON]}" for each, sha in (known or {}).items())
+        fields[theirs] = ", ".join(
+            f"{each}: {str(sha)[:SHORT_ADDON]}" for each, sha in sorted((known or {}).items())
+        )
     fields["Version"] = f"sfumato {values.get('version') or ''}".rstrip()
     prompt, negative = (values.get(f"drawn_{name}", values.get(name)) for name in PROMPTS)
     lines = [str(prompt or ""), *([f"{NEGATIVE} {negative}"] if negative else [])]
@@ -231,7 +233,7 @@ def _quoted(value: Any) -> str:
     if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
         text = str(int(value))
     else:
-        text = value if isinstance(value, str) else json.dumps(value)
+        text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
     mixed = re.search(r'[,:\n"\\]|^[\[{]|^\s|\s$', text)
     return json.dumps(text, ensure_ascii=False) if mixed else text
 
