@@ -33,8 +33,8 @@ class Task:
 class Outcome:
     """What a side measured; memory in MB. `besides`: the warm step that a cold start's `seconds` hold.
 
-    `anonymous_mb` is what loading took of memory that no file backs, `private_mb` what the process holds of it
-    at the end.
+    `anonymous_mb` is what loading took of memory that no file backs, `private_mb` what the process holds of
+    it at the end.
     """
 
     seconds: list[float] = field(default_factory=list)

@@ -1,4 +1,4 @@
-r"""Which sampler, number of steps and guidance the embedded model draws best with, by the judge of quality.py.
+r"""Which sampler, steps and guidance the embedded model draws best with, by the judge of quality.py.
 
 For each setting the share of attributes that come out as asked, of drawings in styles never seen with their
 object, of held-out scenes and of held-out avatars; the same captions and seeds for every setting.

@@ -16,28 +16,52 @@ from sfumato.generation import generate
 
 OUT = Path(__file__).parent.parent / "docs" / "pictures" / "edits.png"
 SCALE, GAP = 2, 4
-INPAINTED = (  # prompt, box of the mask, prompt of what is drawn
+CRITTER, CACTUS = "a tall red critter with", "a cactus in a"
+INPAINTED = (  # what there is, the box of the mask, what is drawn
     ("a noto drawing of a fox, on a blue background", (0, 44, 64, 64), "a fox on a green background"),
-    ("a star above a tree on a green background", (12, 0, 52, 31), "a heart above a tree on a green background"),
-    ("a big balloon on the right, on an orange background", (0, 0, 28, 64), "a house to the left of a balloon on an orange background"),
-    ("a tall red critter with horns, one eye and a grin, on a blue background", (8, 8, 56, 34), "a tall red critter with round ears, happy eyes and a smile, on a blue background"),
-    ("golden hills under an orange sky", (0, 0, 64, 30), "golden hills under a blue sky with a yellow sun"),
-    ("a cactus in a pink pot with happy eyes and a smile, on a blue background", (10, 34, 54, 64), "a cactus in a yellow pot, on a blue background"),
-)  # fmt: skip
-OUTPAINTED: tuple[tuple[str, str, dict[str, int]], ...] = (
-    ("golden hills under an orange sky", "golden hills under an orange sky", {"outpaint_right": 64}),
-    ("blue mountains under a pink sky with a yellow sun", "blue mountains under a pink sky", {"outpaint_left": 32, "outpaint_right": 32}),
-    ("a noto drawing of a fox, on a blue background", "a blue background", {"outpaint_left": 20, "outpaint_right": 44}),
-    ("a striped green planet with a wide ring, in a black sky", "a black sky", {"outpaint_left": 40, "outpaint_right": 24}),
-)  # fmt: skip
+    (
+        "a star above a tree on a green background",
+        (12, 0, 52, 31),
+        "a heart above a tree on a green background",
+    ),
+    (
+        "a big balloon on the right, on an orange background",
+        (0, 0, 28, 64),
+        "a house to the left of a balloon on an orange background",
+    ),
+    (
+        f"{CRITTER} horns, one eye and a grin, on a blue background",
+        (8, 8, 56, 34),
+        f"{CRITTER} round ears, happy eyes and a smile, on a blue background",
+    ),
+    (
+        "golden hills under an orange sky",
+        (0, 0, 64, 30),
+        "golden hills under a blue sky with a yellow sun",
+    ),
+    (
+        f"{CACTUS} pink pot with happy eyes and a smile, on a blue background",
+        (10, 34, 54, 64),
+        f"{CACTUS} yellow pot, on a blue background",
+    ),
+)
+OUTPAINTED = (  # what there is, what is around it, pixels at the left and at the right
+    ("golden hills under an orange sky", "golden hills under an orange sky", (0, 64)),
+    ("blue mountains under a pink sky with a yellow sun", "blue mountains under a pink sky", (32, 32)),
+    ("green hills under a blue sky", "green hills under a blue sky", (64, 0)),
+    ("golden hills under a blue sky with a yellow sun", "golden hills under a blue sky", (24, 40)),
+)
+
+
+def large(picture: Image.Image) -> Image.Image:
+    return picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
 
 
 def framed(picture: Image.Image, box: tuple[int, int, int, int]) -> Image.Image:
     """The picture, larger, with a frame around a part of it."""
-    large = picture.resize((picture.width * SCALE, picture.height * SCALE), Image.Resampling.NEAREST)
-    place = [SCALE * side for side in box]
-    ImageDraw.Draw(large).rectangle((place[0], place[1], place[2] - 1, place[3] - 1), outline="red")
-    return large
+    sheet, place = large(picture), [SCALE * side for side in box]
+    ImageDraw.Draw(sheet).rectangle((place[0], place[1], place[2] - 1, place[3] - 1), outline="red")
+    return sheet
 
 
 def main() -> None:
@@ -50,13 +74,13 @@ def main() -> None:
         init, mask = drawn(prompt, seed), Image.new("L", (64, 64))
         mask.paste(255, box)
         results = [drawn(other, seed, init=init, mask=mask, strength=strength) for strength in (0.75, 1)]
-        rows.append([framed(init, box), *(framed(each, (0, 0, 0, 0)) for each in results)])
+        rows.append([framed(init, box), *map(large, results)])
     sheet = _pasted([left + right for left, right in zip(rows[::2], rows[1::2], strict=True)])
     rows = []
-    for seed, (prompt, other, sides) in enumerate(OUTPAINTED):
+    for seed, (prompt, other, (left, right)) in enumerate(OUTPAINTED):
         init = drawn(prompt, seed)
-        left = sides.get("outpaint_left", 0)
-        rows.append([framed(drawn(other, seed, init=init, **sides), (left, 0, left + 64, 64))])
+        wide = drawn(other, seed, init=init, outpaint_left=left, outpaint_right=right)
+        rows.append([framed(wide, (left, 0, left + 64, 64)), large(wide)])
     below = _pasted([left + right for left, right in zip(rows[::2], rows[1::2], strict=True)])
     both = Image.new("RGB", (max(sheet.width, below.width), sheet.height + below.height), "white")
     both.paste(sheet, (0, 0))

@@ -37,7 +37,7 @@ CONFIG = UNetConfig(
     channel_mult=(1, 2), num_heads=2, use_spatial_transformer=True, context_dim=12, num_groups=8,
 )  # fmt: skip
 HINTED = ControlNetConfig(CONFIG, hint_widths=(4, 6))
-BLOCKS = {
+BLOCKS: dict[str, Any] = {
     "block_out_channels": (16, 32), "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "layers_per_block": 1, "cross_attention_dim": 12, "attention_head_dim": 2, "norm_num_groups": 8,
 }  # fmt: skip
@@ -108,9 +108,9 @@ PLAIN = UNET(X, T, CONDS["cond"].context)
 
 def theirs(kind: Any, config: Any, network: nn.Module) -> Any:
     table = control_pairs(config) if kind is diffusers.ControlNetModel else pairs("unet", config, "diffusers")
-    more = {"conditioning_embedding_out_channels": (4, 6)} if kind is diffusers.ControlNetModel else {
-        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
-    }  # fmt: skip
+    more: dict[str, Any] = {"up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D")}
+    if kind is diffusers.ControlNetModel:
+        more = {"conditioning_embedding_out_channels": (4, 6)}
     reference = kind(**BLOCKS, **more).eval()
     reference.load_state_dict(to_foreign(table, network.state_dict()))
     return reference
@@ -120,7 +120,7 @@ def reference_run(controls: list[Control], x: Tensor, steps: int, scale: float) 
     """DDIM as diffusers' ControlNet pipeline runs it; "control" is what it calls guess mode."""
     unet = theirs(diffusers.UNet2DConditionModel, CONFIG, UNET)
     nets = [theirs(diffusers.ControlNetModel, HINTED, control.network) for control in controls]
-    scheduler = diffusers.DDIMScheduler(
+    scheduler: Any = diffusers.DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
@@ -203,9 +203,8 @@ def test_weights_are_of_each_sample() -> None:
     """A sample whose weight is 0 is drawn as without control, one beside it is not."""
     control = Control(FIRST, Influence(mode="control"))
     sides = with_shown(CONDS, [seen_by(control)], 2)
-    mixed = replace(
-        sides["cond"], hints=(torch.cat([sides["cond"].hints[0][:1], sides["uncond"].hints[0][:1]]),)
-    )  # type: ignore[index]
+    rows = [hint[:1] for side in sides.values() for hint in side.hints or ()]
+    mixed = replace(sides["cond"], hints=(torch.cat(rows),))
     found = under([control])(X, T, mixed)
     assert (found[1] - PLAIN[1]).abs().max() <= 1e-6
     assert (found[0] - PLAIN[0]).abs().max() > 0.01

@@ -50,11 +50,15 @@ RULES: dict[str, tuple[str, ...]] = {
     "recipes": ("recipes", "request", "diffusion", "checkpoints.files"),
     "model": INNER,
     "generation": (*INNER, "generation"),
+    "upscale": ("checkpoints.upscaler", "nn.tiles"),
+    "morph": ("checkpoints.files",),
     "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
     "data": (*INNER, "data"),
     "preprocess": (*INNER, "preprocess"),
     "compat": (*INNER, "generation", "compat"),
-    "cli": (*INNER, "generation", "training", "data", "preprocess", "charts", "recipes", "cli"),
+    "cli": (
+        *INNER, "generation", "training", "data", "preprocess", "charts", "recipes", "upscale", "morph", "cli",
+    ),
     "__main__": ("cli",),
     "server": (*INNER, "generation", "server"),
 }

@@ -44,7 +44,7 @@ def test_loopback_draws_each_from_the_last_and_tells_the_whole(tiny_model: Stabl
 
 
 def test_a_picture_of_a_batch_can_be_drawn_alone(tiny_model: StableDiffusion) -> None:
-    fields = {"init": picture(), "loopback": 2, "deterministic": True, "strength": 0.5}
+    fields: dict[str, Any] = {"init": picture(), "loopback": 2, "deterministic": True, "strength": 0.5}
     both = generate(tiny_model, Request(num_images=2, **fields, **STEPS)).images
     alone = generate(tiny_model, Request(**fields, **{**STEPS, "seed": 2})).images
     assert both[1].tobytes() == alone[0].tobytes()

@@ -30,6 +30,9 @@ SHORT = {  # what training runs are cut to, by the last word of their recipe
 }
 
 
+DRAWS = re.compile(r"sfumato (generate|info|replay|grid|upscale) ")
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
@@ -80,9 +83,9 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_drawing_commands(clone: Path, capsys: pytest.CaptureFixture[str]):
     for command in commands():
-        if command.startswith("sfumato generate") and "--model" not in command:
+        if DRAWS.match(command) and "--model" not in command:
             run(command, capsys)
-    assert (clone / "planet.png").exists()
+    assert (clone / "planet.png").exists() and (clone / "wide.png").exists()
     assert list(clone.glob("a-noto-drawing*.png"))
 
 
@@ -115,7 +118,8 @@ def test_commands_on_released_checkpoints(
 
 
 def test_no_command_is_forgotten():
-    known = re.compile(r"sfumato (generate|inspect|convert|train|data) |python benchmarks/quality\.py --help")
+    others = r"sfumato (inspect|convert|train|data) |python benchmarks/quality\.py --help"
+    known = re.compile(rf"{DRAWS.pattern}|{others}")
     assert [line for line in commands() if not INSTALL.fullmatch(line) and not known.match(line)] == []
 
 

@@ -1,7 +1,7 @@
 """Does a picture depend on the batch it is drawn in? Every sampler, on the embedded model.
 
-In deterministic mode a picture has the same bytes alone and as the last of a batch. Drawn together, in fewer and
-larger passes, at most 0.1 % of the 8-bit values may be off by more than 1.
+In deterministic mode a picture has the same bytes alone and as the last of a batch. Drawn together, in
+fewer and larger passes, at most 0.1 % of the 8-bit values may be off by more than 1.
 
 Run: python benchmarks/soak/batches.py --out benchmarks/soak/results/batches.json
 """

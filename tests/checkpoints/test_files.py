@@ -371,3 +371,13 @@ def test_no_flipped_bytes_give_another_exception(tmp_path: Path, changes: list[t
         content[place % len(content)] = value
     path.write_bytes(content)
     tensors_or_refusal(path)
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408])
+def test_a_header_whose_length_looks_like_a_pickle(tmp_path: Path, length: int) -> None:
+    """Its first two bytes are those that a pickle of protocol 2 to 5 begins with."""
+    path = tmp_path / "file.safetensors"
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    header += b" " * (length - len(header))
+    path.write_bytes(length.to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    assert float(open_file(path).tensor("weight")) == 1

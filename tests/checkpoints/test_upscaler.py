@@ -135,6 +135,9 @@ DAMAGED: dict[str, tuple[Callable[[State], object], str]] = {
     ),
     "not finite": (lambda s: s["conv_hr.bias"].fill_(float("nan")), "not finite"),
     "another network": (lambda s: [s.pop(name) for name in list(s) if "first" in name], "holds no upscaler"),
+    "a width beyond all memory": (
+        lambda s: s.update({"conv_first.weight": torch.zeros(2**40, 3, 0, 0)}), "cannot be built|shape",
+    ),
     "no channels": (lambda s: s.update({"conv_last.weight": torch.zeros(0, 8, 3, 3)}), "no upscaler"),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def test_errors_are_lines_and_exit_codes(
 
 def test_debug_after_two_dashes_is_a_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[list[str]] = []
-    monkeypatch.setattr(cli, "_run", seen.append)
+    monkeypatch.setattr(cli, "_run", lambda words: (seen.append(words), 0)[1])
     assert main(["--debug", "generate", "--", "--debug"]) == 0
     assert seen == [["generate", "--", "--debug"]]
 

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
 from sfumato.cli import main
+from sfumato.intake import Limits
 from sfumato.nn.esrgan import CompactConfig, CompactNet
 
 
@@ -47,6 +48,8 @@ def test_a_folder_and_pictures_that_lie_on_their_side(tmp_path: Path) -> None:
     (folder / "notes.txt").write_text("no picture")
     assert main(["upscale", str(folder), "-o", str(out), "--scale", "2"]) == 0
     assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png"]
+    assert main(["upscale", str(folder / "a.jpg"), "-o", str(out), "--scale", "2"]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a-1.png", "a.png", "b.png"]
     assert read(out / "a.png").size == (16, 24)
     assert ImageOps.exif_transpose(read(out / "a.png")).size == (16, 24)
 
@@ -62,7 +65,7 @@ def test_errors_say_what_to_do(tmp_path: Path, model: Path, capsys: pytest.Captu
         return capsys.readouterr().err
 
     assert "cannot be read" in told([str(tmp_path / "text.png"), *out], 2)
-    assert "cannot be read" in told([str(tmp_path / "absent.png"), *out], 2)
+    assert "does not exist" in told([str(tmp_path / "absent.png"), *out], 2)
     assert "holds no pictures" in told([str(tmp_path / "empty"), "-o", str(tmp_path)], 2)
     assert "the scale is 0" in told([str(tmp_path / "in.png"), *out, "--scale", "0"], 2)
     assert "no upscaler" in told([str(tmp_path / "in.png"), *out, "--model", str(_other(tmp_path))], 3)
@@ -74,7 +77,7 @@ def test_errors_say_what_to_do(tmp_path: Path, model: Path, capsys: pytest.Captu
 def test_a_bomb_is_refused_before_it_is_decoded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("sfumato.cli.upscale.MAX_READ", 100)
+    monkeypatch.setattr("sfumato.intake.open_picture.__defaults__", (Limits(pixels=100),))
     Image.new("L", (20, 20)).save(tmp_path / "in.png")
     assert main(["upscale", str(tmp_path / "in.png"), "-o", str(tmp_path / "out.png")]) == 2
     assert "20x20 pixels" in capsys.readouterr().err

@@ -63,7 +63,7 @@ def test_a_link_leads_somewhere(path: str) -> None:
 
 def test_a_name_that_is_not_there_is_found_out() -> None:
     with pytest.raises(AttributeError):
-        find("sfumato.compat.ldm.PLMSSampler")
+        find("sfumato.compat.ldm.LMSSampler")
     with pytest.raises(AssertionError, match="no module"):
         find("sfumat.nothing")
 

@@ -26,7 +26,7 @@ def reference(config: CLIPVisionConfig) -> ReferenceConfig:
         hidden_size=config.hidden_size, intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers, num_attention_heads=config.num_attention_heads,
         image_size=config.image_size, patch_size=config.patch_size, hidden_act=config.hidden_act,
-        projection_dim=config.projection_dim,
+        projection_dim=config.projection_dim or 0,
     )  # fmt: skip
 
 

@@ -135,7 +135,7 @@ def test_the_full_size_has_the_published_layers() -> None:
     with shapes_only():
         unet = UNet(sd1)
         layers = image_layers(unet)
-        widths = tuple(unet.get_submodule(f"{name}.to_q").weight.shape[0] for name in layers)  # type: ignore[union-attr]
+        widths = tuple(unet.get_parameter(f"{name}.to_q.weight").shape[0] for name in layers)
         config = IPAdapterConfig(widths, context_dim=768, image_dim=1024)
         adapter = IPAdapter(config)
     names = [pair.foreign[0] for pair in ip_pairs(config)]

@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from sfumato.checkpoints.adapters_detect import read_ip, read_t2i, read_vision
 from sfumato.checkpoints.adapters_layouts import ip_pairs, own_names, t2i_pairs, vision_pairs
-from sfumato.checkpoints.build import check_fit
 from sfumato.checkpoints.control_detect import read_controlnet, with_given
 from sfumato.checkpoints.control_layouts import control_pairs
 from sfumato.checkpoints.files import open_file
 from sfumato.checkpoints.folder import Folder
-from sfumato.checkpoints.layouts_pair import Pair
+from sfumato.checkpoints.layouts_pair import Pair, Shape
 from sfumato.checkpoints.load import load_part
 from sfumato.checkpoints.naming import weight_file
 from sfumato.checkpoints.open import locate
 from sfumato.checkpoints.opened import Part
 from sfumato.checkpoints.rules import rule_of
 from sfumato.checkpoints.schema import read_json
-from sfumato.checkpoints.source import Source
+from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip_vision import CLIPVisionEncoder
 from sfumato.nn.controlnet import ControlNet
@@ -36,6 +34,7 @@ from sfumato.runtime import shapes_only
 
 Loaded = ControlNet | T2IAdapter | IPAdapter | CLIPVisionEncoder
 CONTROL = "control_model."
+NAMED = 10  # tensors that an error names
 SPARE = 1000  # pairs beyond the file's tensors after which its names are not believed
 # Whatever damaged shapes lead to: widths of 0, heads that do not divide, groups of nothing.
 IMPOSSIBLE = (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError)
@@ -129,10 +128,7 @@ def find_control(source: Source, values: Mapping[str, Any] | None = None) -> Fou
         name: shape for pair in pairs for name, shape in zip(pair.foreign, pair.foreign_shapes(), strict=True)
     }
     ignored = tuple(name for name in source.infos if name not in wanted and _left_out(name, kind, prefix))
-    found = {
-        name: _like(info.shape, info.dtype) for name, info in source.infos.items() if name not in set(ignored)
-    }
-    check_fit({name: _like(shape) for name, shape in wanted.items()}, found, f"{place} holds no whole {kind}")
+    _check_whole(wanted, source.infos, set(ignored), f"{place} holds no whole {kind}")
     return Found(kind, config, pairs, ignored)
 
 
@@ -174,8 +170,28 @@ def _left_out(name: str, kind: str, prefix: str) -> bool:
     return whole or (rule_of(name) is not None and not name.startswith("vision"))
 
 
-def _like(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+def _check_whole(
+    wanted: Mapping[str, Shape], infos: Mapping[str, TensorInfo], ignored: Collection[str], failure: str
+) -> None:
+    """`CheckpointError` naming the first ten tensors that are missing, unexpected or of another shape."""
+    names = (wanted.keys() | infos.keys()) - set(ignored)
+    reasons = {name: _misfit(wanted.get(name), infos.get(name)) for name in names}
+    wrong = sorted(f"{name}: {reason}" for name, reason in reasons.items() if reason)
+    if wrong:
+        raise CheckpointError(
+            f"{failure}, {len(wrong)} tensors differ: {'; '.join(wrong[:NAMED])}",
+            "The file is incomplete, damaged, or of an architecture that is not built here.",
+        )
+
+
+def _misfit(wanted: Shape | None, given: TensorInfo | None) -> str:
+    if given is None:
+        return "missing"
+    if wanted is None:
+        return "unexpected"
+    if wanted != given.shape:
+        return f"shape {given.shape} for {wanted}"
+    return "" if given.dtype.is_floating_point else f"{given.dtype} is not floating-point"
 
 
 def _component(path: Path) -> tuple[Path, Mapping[str, Any]]:

@@ -58,8 +58,7 @@ def load_upscaler(
     shapes = {ours: source.infos[theirs].shape for ours, theirs in names.items()}
     config = upscaler_config(shapes, str(path))
     tensors = {ours: _read(source, theirs, device, dtype) for ours, theirs in names.items()}
-    with shapes_only():
-        network = RRDBNet(config) if isinstance(config, RRDBConfig) else CompactNet(config)
+    network = _empty(config, str(path))
     assign(network, tensors, str(path))
     rrdb = isinstance(config, RRDBConfig)
     kind = f"RRDB, {config.num_blocks} blocks" if rrdb else f"compact, {config.num_convs} layers"
@@ -104,6 +103,14 @@ def upscaler_config(
         f"{place} holds no upscaler that is known here; its {len(shapes)} tensors are {first} ...",
         "Give a file of ESRGAN, Real-ESRGAN, or its compact networks.",
     )
+
+
+def _empty(config: RRDBConfig | CompactConfig, place: str) -> RRDBNet | CompactNet:
+    try:
+        with shapes_only():
+            return RRDBNet(config) if isinstance(config, RRDBConfig) else CompactNet(config)
+    except (RuntimeError, ArithmeticError, ValueError) as error:  # torch's, for impossible widths
+        raise CheckpointError(f"the upscaler in {place} cannot be built: {error}", "Get it again.") from error
 
 
 def _read(source: Source, name: str, device: torch.device | None, dtype: torch.dtype) -> Tensor:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
-from PIL import Image, ImageOps
 
 from sfumato.errors import InputError
 
 LANCZOS = "lanczos"
-FORMATS = ("PNG", "JPEG", "WEBP")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-MAX_READ = 2**26  # pixels of a picture to enlarge
 
 
 def upscale(
-    source: Annotated[Path, Parameter(help="A picture: PNG, JPEG or WebP; or a folder of pictures.")],
+    source: Annotated[Path, Parameter(help="A picture: PNG, JPEG, WebP, GIF or BMP; or a folder of them.")],
     *,
     output: Annotated[
         Path, Parameter(alias="-o", help="File to write, or a folder, as which a folder of pictures goes.")
@@ -40,11 +35,16 @@ def upscale(
     quality: Annotated[int, Parameter(help="Of JPEG and WebP, 1 to 100.")] = 95,
     device: Annotated[str, Parameter(metavar="NAME", help="cpu, cuda, cuda:1, mps, or auto.")] = "auto",
 ) -> None:
-    """Make pictures larger. Transparency and grey stay; the recipe in a picture's texts does not."""
+    """Make pictures larger. Transparency stays; the recipe in a picture's texts does not.
+
+    In a folder nothing is written over: names get a number where they are taken.
+    """
     # These import torch, which a help text can do without.
     from sfumato.checkpoints.upscaler import load_upscaler
     from sfumato.cli.outputs import picture_place, write
     from sfumato.cli.progress import progress_line
+    from sfumato.images import free_path
+    from sfumato.intake import open_picture
     from sfumato.runtime import resolve_device
     from sfumato.upscale import enlarge
 
@@ -56,9 +56,9 @@ def upscale(
     where = picture_place(output, quality=quality)
     for path in pictures:
         larger = enlarge(
-            _read(path), upscaler, scale, tile=tile, overlap=overlap, show=progress_line(path.name)
+            open_picture(path), upscaler, scale, tile=tile, overlap=overlap, show=progress_line(path.name)
         )
-        target = output if output.suffix and not output.is_dir() else where.folder / f"{path.stem}.png"
+        target = output if where.stem is not None else free_path(where.folder, path.stem, ".png")
         write(larger, target, {"upscaler": LANCZOS if upscaler is None else upscaler.name}, where)
         print(f"{target}: {larger.width}x{larger.height}")
 
@@ -67,25 +67,9 @@ def _pictures(source: Path) -> list[Path]:
     """The file itself, or the pictures in a folder by name."""
     if not source.is_dir():
         return [source]
-    found = sorted(path for path in source.iterdir() if path.suffix.lower() in SUFFIXES)
+    from sfumato.intake import is_picture  # imports numpy, which a help text can do without
+
+    found = sorted(path for path in source.iterdir() if is_picture(path))
     if not found:
-        raise InputError(f"{source} holds no pictures", f"They end in {', '.join(SUFFIXES)}.")
+        raise InputError(f"{source} holds no pictures", "Their names end in .png, .jpg, .webp, .gif or .bmp.")
     return found
-
-
-def _read(path: Path) -> Image.Image:
-    """The first picture of a file, upright; its size is limited before it is decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path, formats=FORMATS) as opened:
-                if opened.width * opened.height > MAX_READ:
-                    raise InputError(
-                        f"{path} has {opened.width}x{opened.height} pixels; at most {MAX_READ} are read"
-                    )
-                opened.load()
-                return ImageOps.exif_transpose(opened)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} cannot be read: {error}", "Give a PNG, JPEG or WebP file.") from error

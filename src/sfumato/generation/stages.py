@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from sfumato import images
 from sfumato.errors import InputError
@@ -97,6 +97,7 @@ def _outpainting(request: Request) -> list[Request]:
     first = request.model_copy(
         update={
             **dict.fromkeys(MARGINS, 0),
+            "mask_feather": request.mask_feather or 0,  # beyond the edge there is nothing to go over from
             "init": tuple(_enlarged(picture, known, whole) for picture in pictures),
         }
     )
@@ -107,12 +108,19 @@ def _outpainting(request: Request) -> list[Request]:
         if unknown.crop(window).getbbox() is None:
             continue
         mask = Image.new("L", whole, 0)
-        mask.paste(unknown.crop(window).filter(ImageFilter.MaxFilter(2 * AGAIN + 1)), window)
+        mask.paste(_over_the_edge(unknown.crop(window)), window)
         mask.paste(0, known)
         unknown.paste(0, window)
         seed = (request.seed + len(stages) * LEAP) % MAX_SEED
         stages.append(first.model_copy(update={"mask": mask, "region": (*window[:2], *size), "seed": seed}))
     return stages
+
+
+def _over_the_edge(new: Image.Image) -> Image.Image:
+    """A mask whose white goes on beyond its edge, falling to black within `AGAIN` pixels."""
+    half = AGAIN // 2
+    falling = new.filter(ImageFilter.MaxFilter(2 * half + 1)).filter(ImageFilter.BoxBlur(half))
+    return ImageChops.lighter(new, falling)
 
 
 def _enlarged(picture: Image.Image, known: Box, whole: tuple[int, int]) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-BAND = 2**22  # values of a feature map computed at once: 16 MB in float32
+BAND = 2**20  # values of a feature map computed at once: 4 MB in float32
 MIN_ROWS = 4  # as many as a band reads into its neighbours, at least
 
 
