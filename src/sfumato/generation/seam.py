@@ -58,9 +58,7 @@ def matched_at_seam(drawn: Image.Image, old: Image.Image, mask: Tensor, width: i
         return drawn
     share = 1 - feathered(inside, width)[0, 0].numpy().astype(np.float64)[..., None]
     new, there = (np.atleast_3d(np.asarray(each, dtype=np.float64)) for each in (drawn, old))
-    columns = [
-        _by_histogram(new[..., i], new[ring][:, i], there[ring][:, i]) for i in range(new.shape[-1])
-    ]
+    columns = [_by_histogram(new[..., i], new[ring][:, i], there[ring][:, i]) for i in range(new.shape[-1])]
     return _picture(new + share * (np.stack(columns, axis=-1) - new), drawn)
 
 
