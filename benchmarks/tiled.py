@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sfumato.families import AUTOENCODERS
-from sfumato.nn.autoencoder import AutoencoderKL
+from sfumato.nn.autoencoder import AutoencoderKL, Decoder
 from sfumato.nn.tiled import decode_tiled
+from sfumato.runtime import shapes_only
 
 WAYS = ("whole", "exact", "fast")
 BARS = {"decibels": 50.0, "share": 1 / 3}
@@ -40,8 +41,12 @@ def memory(field: str) -> int:
 def decode(way: str, pixels: int, out: Path) -> None:
     """Decode once, in this process; write the picture and print what it took."""
     torch.manual_seed(0)
-    model = AutoencoderKL(AUTOENCODERS["kl-f8"]).eval().requires_grad_(False)
-    del model.encoder
+    config = AUTOENCODERS["kl-f8"]
+    with shapes_only():
+        model = AutoencoderKL(config)
+    del model.encoder, model.quant_conv  # which would be part of the peak
+    model.decoder, model.post_quant_conv = Decoder(config), nn.Conv2d(config.embed_dim, config.z_channels, 1)
+    model.eval().requires_grad_(False)
     z = torch.randn(1, 4, pixels // 8, pixels // 8)
     with torch.no_grad():
         model.decode(z[..., :8, :8])  # what kernels allocate once

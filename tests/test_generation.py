@@ -281,6 +281,14 @@ def test_start_noise_that_cannot_be_taken(tiny_model: StableDiffusion, tmp_path:
 # Sizes, warnings and what a model lacks
 
 
+def test_many_prompts_in_one_batch(tiny_model: StableDiffusion) -> None:
+    prompts = ["a fox", "a red apple " * 9, "a (blue) [apple]"]
+    drawn = draw(tiny_model, prompts, [3, 4, 5])
+    for index, prompt in enumerate(prompts):
+        alone = generate(tiny_model, Request(prompt=prompt, seed=3 + index, emphasis="plain"))
+        torch.testing.assert_close(drawn[index : index + 1], alone.samples, rtol=1e-3, atol=1e-3)
+
+
 def test_sizes(tiny_model: StableDiffusion) -> None:
     wide = generate(tiny_model, Request(prompt="a fox", width=24, height=16, seed=0))
     assert wide.images[0].size == (24, 16) and wide.parameters[0]["width"] == 24

@@ -44,7 +44,7 @@ def test_community_names_say_sampler_spacing_and_options(tiny_model: StableDiffu
     assert (asked.sampler, asked.spacing) == ("dpmpp_2m_sde", "exponential")
     assert Request(sampler="k_dpmpp_2m_ka").spacing == "karras"
     assert Request(sampler="DPM++ 2M Karras", spacing="beta").spacing == "beta"
-    assert Request(sampler="uni_pc_bh1", sampler_options="order=3").sampler_options == {
+    assert Request(sampler="uni_pc_bh1", sampler_options={"order": 3}).sampler_options == {
         "variant": "bh1",
         "order": 3,
     }
@@ -59,7 +59,7 @@ def test_options_reach_sampler_and_spacing(tiny_model: StableDiffusion) -> None:
         latents(tiny_model, sampler_options="s_chrn=3")
     levels = [
         step.sigma
-        for step in stream(tiny_model, Request(steps=3, spacing="karras", spacing_options="sigma_max=9"))
+        for step in stream(tiny_model, Request(steps=3, spacing="karras", spacing_options={"sigma_max": 9}))
     ]
     assert levels[0] == pytest.approx(9)
     with pytest.raises(InputError, match="no option 'roh'"):
@@ -185,7 +185,7 @@ def test_a_seed_of_another_size(tiny_model: StableDiffusion) -> None:
     config = NoiseConfig(seed_resize=(8, 8))
     wide = ImageNoise([0], (2, 8, 16), device=torch.device("cpu"), config=config).initial()
     assert torch.equal(wide[..., 4:12], small)
-    asked = {"width": 32, "height": 16, "seed_resize_width": 16}
+    asked: dict[str, Any] = {"width": 32, "height": 16, "seed_resize_width": 16}
     plan = next(iter(stream(tiny_model, Request(prompt="x", seed=0, steps=1, sampler="euler", **asked))))
     given = generate(
         tiny_model, Request(prompt="x", seed=0, steps=1, sampler="euler", width=32, start_noise=wide)

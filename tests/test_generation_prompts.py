@@ -87,7 +87,8 @@ def test_long_prompts_are_read_to_their_end(tiny_model: StableDiffusion) -> None
 def test_choices_are_each_pictures_own(tiny_model: StableDiffusion, tmp_path: Path) -> None:
     (tmp_path / "fruit.txt").write_text("apple\npear\nfox\nhouse\n")
     request = complete(
-        tiny_model, Request(prompt="a {red|green|blue} __fruit__", seed=3, num_images=4, wildcards=tmp_path)
+        tiny_model,
+        Request(prompt="a {red|green|blue} __fruit__", seed=3, num_images=4, wildcards=str(tmp_path)),
     )
     notes = Notes()
     *_, last = stream(tiny_model, request, notes)
@@ -148,15 +149,15 @@ def test_lora_by_tag_and_by_option(tiny_model: StableDiffusion, lora_dir: Path) 
     )
     assert not torch.allclose(*halves, atol=1e-3)
     assert all(torch.equal(value, before[name]) for name, value in digest(tiny_model).items())
-    values = generate(tiny_model, Request(prompt="a fox <lora:ink:1>", seed=0, lora_dir=lora_dir)).parameters[
-        0
-    ]
+    values = generate(
+        tiny_model, Request(prompt="a fox <lora:ink:1>", seed=0, lora_dir=str(lora_dir))
+    ).parameters[0]
     assert values["loras"] == {"ink": sha256(lora_dir / "ink.safetensors")}
 
 
 def test_lora_are_taken_off_when_a_stream_is_given_up(tiny_model: StableDiffusion, lora_dir: Path) -> None:
     before = digest(tiny_model)
-    steps = stream(tiny_model, Request(prompt="a fox <lora:ink:1>", seed=0, lora_dir=lora_dir))
+    steps = stream(tiny_model, Request(prompt="a fox <lora:ink:1>", seed=0, lora_dir=str(lora_dir)))
     next(steps)
     assert any(not torch.equal(value, before[name]) for name, value in digest(tiny_model).items())
     steps.close()  # type: ignore[attr-defined]

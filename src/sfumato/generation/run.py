@@ -117,10 +117,11 @@ def draw(
 ) -> Tensor:
     """Samples (n, c, ...), about -1..1, of many prompts in one batch, each with its seed.
 
+    The prompts are taken as they stand, and cut where the model reads no further, as training does.
     All else is as `request` says, or by default.
     """
     notes = Notes()
-    asked = {"prompt": "", "num_images": len(prompts)}
+    asked = {"prompt": "", "num_images": len(prompts), "emphasis": "plain"}
     request = complete(model, (request or Request()).model_copy(update=asked))
     rows = [encoded(model, request, prompt, notes) for prompt in prompts]
     negative = encoded(model, request, None, notes).repeat(len(prompts))

@@ -17,7 +17,8 @@ MIN_ROWS = 4  # as many as a band reads into its neighbours, at least
 class Rows:
     """A feature map (b, channels, height, width): `get(top, bottom)` gives rows, (b, c, bottom - top, w).
 
-    `stored` is the whole map where it lies in memory.
+    `stored` is the whole map where it lies in memory. `widest`: values that are held for each column and row
+    while it is computed, the channels of the widest map on the way.
     """
 
     channels: int
@@ -25,6 +26,7 @@ class Rows:
     width: int
     compute: Callable[[int, int], Tensor]
     stored: Tensor | None = None
+    widest: int = 1
 
     def get(self, top: int, bottom: int) -> Tensor:
         """The rows top..bottom, not to be written to."""
@@ -34,7 +36,7 @@ class Rows:
 
     def bands(self) -> list[tuple[int, int]]:
         """(top, bottom) of bands that are small enough to be computed at once."""
-        rows = max(MIN_ROWS, BAND // (self.channels * self.width))
+        rows = max(MIN_ROWS, BAND // (max(self.channels, self.widest) * self.width))
         return [(top, min(top + rows, self.height)) for top in range(0, self.height, rows)]
 
 
@@ -71,7 +73,7 @@ def convolved(rows: Rows, conv: nn.Conv2d, wrap: tuple[bool, bool] = (False, Fal
         seen = padded(rows, top - reach, bottom + reach, (reach, reach), wrap)
         return F.conv2d(seen, conv.weight, conv.bias)
 
-    return Rows(conv.out_channels, rows.height, rows.width, compute)
+    return Rows(conv.out_channels, rows.height, rows.width, compute, widest=_widest(rows))
 
 
 def strided(rows: Rows, conv: nn.Conv2d, wrap: tuple[bool, bool] = (False, False)) -> Rows:
@@ -80,7 +82,8 @@ def strided(rows: Rows, conv: nn.Conv2d, wrap: tuple[bool, bool] = (False, False
     def compute(top: int, bottom: int) -> Tensor:
         return F.conv2d(padded(rows, 2 * top, 2 * bottom + 1, (0, 1), wrap), conv.weight, conv.bias, stride=2)
 
-    return Rows(conv.out_channels, rows.height // 2, rows.width // 2, compute)
+    widest = 4 * _widest(rows)
+    return Rows(conv.out_channels, rows.height // 2, rows.width // 2, compute, widest=widest)
 
 
 def pooled(rows: Rows) -> Rows:
@@ -90,6 +93,7 @@ def pooled(rows: Rows) -> Rows:
         rows.height // 2,
         rows.width // 2,
         lambda top, bottom: F.avg_pool2d(rows.get(2 * top, 2 * bottom), 2),
+        widest=4 * _widest(rows),
     )
 
 
@@ -101,7 +105,7 @@ def doubled(rows: Rows) -> Rows:
         twice = F.interpolate(rows.get(start, (bottom + 1) // 2), scale_factor=2.0, mode="nearest")
         return twice[:, :, top - 2 * start : bottom - 2 * start]
 
-    return Rows(rows.channels, 2 * rows.height, 2 * rows.width, compute)
+    return Rows(rows.channels, 2 * rows.height, 2 * rows.width, compute, widest=_widest(rows))
 
 
 def normed(rows: Rows, norm: nn.GroupNorm) -> Rows:
@@ -118,7 +122,7 @@ def normed(rows: Rows, norm: nn.GroupNorm) -> Rows:
         changed = torch.addcmul(shift, values.to(scale.dtype), scale)
         return F.silu(changed, inplace=True).to(values.dtype)
 
-    return Rows(rows.channels, rows.height, rows.width, compute)
+    return Rows(rows.channels, rows.height, rows.width, compute, widest=_widest(rows))
 
 
 def statistics(rows: Rows, groups: int) -> tuple[Tensor, Tensor]:
@@ -150,6 +154,7 @@ def added(first: Rows, second: Rows) -> Rows:
         first.height,
         first.width,
         lambda top, bottom: first.get(top, bottom) + second.get(top, bottom),
+        widest=max(_widest(first), _widest(second)),
     )
 
 
@@ -171,3 +176,7 @@ def padded(rows: Rows, top: int, bottom: int, sides: tuple[int, int], wrap: tupl
         inside = F.pad(inside, (*sides, 0, 0), mode="circular")
         sides = (0, 0)
     return F.pad(inside, (*sides, above, below))
+
+
+def _widest(rows: Rows) -> int:
+    return max(rows.channels, rows.widest)
