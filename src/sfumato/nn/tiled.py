@@ -51,7 +51,8 @@ def decode_tiled(
     exact: normalisations take their statistics over the whole picture, convolutions run in bands of rows, so
     that the result is the whole decoder's up to rounding; about twice its time, and in memory little beyond
     one map at the picture's size. fast: tiles of `tile` latents a side that see `overlap` more and fade into
-    each other, in less memory still; each has its own statistics, so that tones may differ between them.
+    each other, in memory that does not grow with the picture; tones may differ, as each has statistics of its
+    own.
     wrap: whether (y, x) are circles, for `nn.seamless`; in exact mode only, in fast mode tiles have edges.
     Raises `InputError` for another mode.
     """
