@@ -766,3 +766,16 @@ def test_a_misshapen_tensor_anywhere_is_an_error_or_another_model() -> None:
                 for pair in part.mapping
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("lora_unet_mid_block.lora_up.weight", "--lora FILE"),
+        ("emb_params", "--embedding-dir"),
+        ("body.0.rdb1.conv1.weight", "sfumato upscale"),
+        ("low_scale_model.betas", "does not load here"),
+    ],
+)
+def test_what_belongs_elsewhere_is_told_where(name: str, place: str) -> None:
+    assert place in explain_unknown([name], "a.safetensors").hint

@@ -24,6 +24,11 @@ STRANGERS: Mapping[str, re.Pattern[str]] = {
     "a small autoencoder for previews (TAESD)": re.compile(r"taesd_|(?:en|de)coder\.layers\.\d+\.conv"),
     "an upscaler": re.compile(r"(?:body|conv_body|conv_hr|HRconv|RRDB_trunk)\."),
 }  # fmt: skip
+PLACES = {  # where it goes instead
+    "a LoRA": "goes beside a model: --lora FILE, or <lora:name:1> in the prompt with --lora-dir",
+    "a textual inversion": "goes beside a model: its name in the prompt, with --embedding-dir",
+    "an upscaler": "is for `sfumato upscale --model`",
+}
 # Of these, parts would be recognised, and what they lack or have in excess would say nothing.
 REFUSED: Mapping[str, re.Pattern[str]] = {
     "a ControlNet": re.compile(r"controlnet_(?:down|mid|cond)|input_hint_block\."),
@@ -66,7 +71,7 @@ def explain_unknown(
 def _looks_like(names: Collection[str]) -> str:
     for kind, pattern in STRANGERS.items():
         if any(pattern.match(name) for name in names):
-            return f"It looks like {kind}, which does not load here."
+            return f"It looks like {kind}, which {PLACES.get(kind, 'does not load here')}."
     counts = {
         layout: sum(word in name for name in names for word in words) for layout, words in SIGNS.items()
     }
