@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import nn
 
 from sfumato.checkpoints.save import save_file
@@ -20,6 +21,9 @@ from sfumato.nn.vq import VQModel
 from sfumato.presets import ModelConfig
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.text.wordpiece import WordPiece
+
+settings.register_profile("house", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")  # a busy machine is not a failure
 
 CAPTIONS = ["a red apple", "a blue apple", "a fox in a snowy forest", "two green pears on a table"]
 CONTEXT = 8  # tokens

@@ -354,7 +354,7 @@ def test_many_tensors_open_soon(tmp_path: Path) -> None:
     torch.save({f"model.block.{index}.weight": torch.zeros(1) for index in range(2500)}, path)
     started = time.process_time()
     open_file(path)
-    assert time.process_time() - started < 1
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(

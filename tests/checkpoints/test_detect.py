@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Literal
@@ -252,17 +251,6 @@ def test_a_family_of_another_size_is_read_from_the_weights() -> None:
     assert plan.family == "like sd1"
     assert read(plan) == wanted(TINY)
     assert any("no released one" in note for note in plan.notes)
-
-
-def test_detection_is_quick() -> None:
-    infos = single_file(BY_NAME["sdxl"])
-    assert len(infos) > 2500
-    times = []
-    for _ in range(7):
-        start = time.process_time()
-        detect(infos, {})
-        times.append(time.process_time() - start)
-    assert min(times) < 0.05
 
 
 # Options that shapes tell: any of them comes back from the names and shapes alone.
