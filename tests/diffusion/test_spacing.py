@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -225,7 +226,7 @@ def test_shape(name: str, steps: int, discard: bool) -> None:
     for schedule in (SHORT, SD1, TERMINAL):
         got = space(name, schedule, steps, discard_penultimate=discard)
         assert len(got.sigmas) == steps + 1
-        assert all(high > low for high, low in zip(got.sigmas, got.sigmas[1:], strict=False))
+        assert all(high > low for high, low in pairwise(got.sigmas))
         assert got.sigmas[0] <= schedule.sigma_max * (1 + 1e-12)
         assert got.sigmas[-1] in (0, schedule.sigma_min)
         assert got.start_scale in (got.sigmas[0], math.sqrt(1 + got.sigmas[0] ** 2))

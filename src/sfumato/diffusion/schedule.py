@@ -9,6 +9,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -85,7 +86,7 @@ class Schedule:
         self.alphas_cumprod = alphas_cumprod
         self.sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         self._sigmas: list[float] = self.sigmas.tolist()
-        if any(low >= high for low, high in zip(self._sigmas, self._sigmas[1:], strict=False)):
+        if any(low >= high for low, high in pairwise(self._sigmas)):
             raise errors.InputError(
                 "the noise levels of this schedule do not grow with every timestep",
                 "Use larger betas, or leave out zero_terminal_snr.",

@@ -92,6 +92,11 @@ class Sampler:
         return self.function(denoise, x, sigmas, noise, **options)
 
 
+def noised(x: Tensor, noise: Noise, sigma: float, target: float, amount: float) -> Tensor:
+    """x with the noise of the step from sigma to target, times `amount`; nothing is drawn where that is 0."""
+    return x + noise(sigma, target) * amount if amount > 0 else x
+
+
 def churn(noise: Noise, steps: int, *, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> Churn:
     """The noise raised before a step (Karras et al. 2022, algorithm 2, lines 4 to 6).
 
@@ -105,7 +110,7 @@ def churn(noise: Noise, steps: int, *, s_churn: float, s_tmin: float, s_tmax: fl
             return x, sigma
         level = sigma * (1 + most)
         amount = s_noise * math.sqrt(level**2 - sigma**2)
-        return (x + noise(level, sigma) * amount if amount > 0 else x), level
+        return noised(x, noise, level, sigma, amount), level
 
     return churned
 

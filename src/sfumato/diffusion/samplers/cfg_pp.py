@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.prediction import GuidedDenoiser
-from sfumato.diffusion.samplers.base import Noise, Step
+from sfumato.diffusion.samplers.base import Noise, Step, noised
 from sfumato.diffusion.samplers.first_order import posterior
 
 
@@ -34,8 +34,7 @@ def euler_a_cfg_pp(
         guided, unguided = denoise.parts(x, sigma)
         down, up = posterior(sigma, target, eta)
         x = guided + (x - unguided) * (down / sigma)
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         yield Step(index, sigma, target, x, guided)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step
+from sfumato.diffusion.samplers.base import Noise, Step, noised
 from sfumato.diffusion.schedule import Schedule
 
 SIGMA_DATA = 0.5  # Luo et al. 2023, appendix on the boundary condition, as Karras et al. 2022
@@ -32,7 +32,7 @@ def lcm(
         c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         c_out = scaled / math.sqrt(scaled**2 + SIGMA_DATA**2)
         denoised = c_out * denoise(x, sigma) + (c_skip / math.sqrt(1 + sigma**2)) * x
-        x = denoised + noise(sigma, target) * target if target > 0 else denoised
+        x = noised(denoised, noise, sigma, target, target)
         yield Step(index, sigma, target, x, denoised)
 
 
@@ -59,6 +59,5 @@ def tcd(
         if gamma > 0:
             down = min(target, schedule.sigma(math.floor((1 - gamma) * schedule.timestep(target))))
         x = denoised + (x - denoised) * (down / sigma)
-        if down < target:
-            x = x + noise(sigma, target) * math.sqrt(target**2 - down**2)
+        x = noised(x, noise, sigma, target, math.sqrt(target**2 - down**2))
         yield Step(index, sigma, target, x, denoised)

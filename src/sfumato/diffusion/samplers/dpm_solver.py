@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser, GuidedDenoiser
-from sfumato.diffusion.samplers.base import Noise, Step, check_choice
+from sfumato.diffusion.samplers.base import Noise, Step, check_choice, noised
 from sfumato.diffusion.samplers.first_order import euler, posterior
 
 TINY = 1e-5  # of log sigma: k-diffusion's; what is left of the way is no step, and no step is made shorter
@@ -153,8 +153,7 @@ def dpm_fast(
         denoised = denoise(x, sigma)
         down, up = downward(sigma, target, low, eta)
         x = SOLVERS[order](denoise, x, (x - denoised) / sigma, sigma, down)[0]
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         yield Step(index, sigma, target, x, denoised)
 
 

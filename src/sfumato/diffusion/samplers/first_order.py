@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step, churn
+from sfumato.diffusion.samplers.base import Noise, Step, churn, noised
 
 NoiseRule = Callable[[float, float], tuple[float, float]]
 """rule(sigma, target) -> (down, up): the level that is stepped down to, and the noise added after it."""
@@ -54,8 +54,7 @@ def first_order(
         denoised = denoise(x, sigma)
         down, up = rule(sigma, target)
         x = denoised + (x - denoised) * (down / sigma)
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         yield Step(index, sigma, target, x, denoised)
 
 

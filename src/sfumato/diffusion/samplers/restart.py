@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step
+from sfumato.diffusion.samplers.base import Noise, Step, noised
+from sfumato.diffusion.samplers.runge_kutta import trapezoid
 
 RESTARTS = ((10, 2, 0.1, 2.0),)  # Xu et al. 2023, appendix on Stable Diffusion: {[10, 2, 0.1, 2]}
 RHO = 7.0  # Karras et al. 2022, table 1: the spacing inside a restart
@@ -40,14 +41,9 @@ def restart(
     one whose `sigma` is `high`, with no step for the way up.
     """
     for index, (low, high, target) in enumerate(_course(sigmas, parsed(restarts))):
-        if high > low and s_noise > 0:
-            x = x + noise(low, high) * (s_noise * math.sqrt(high**2 - low**2))
+        x = noised(x, noise, low, high, s_noise * math.sqrt(high**2 - low**2))
         denoised = denoise(x, high)
-        ahead = x + (x - denoised) * (target / high - 1)
-        if target > 0:
-            slope = ((x - denoised) / high + (ahead - denoise(ahead, target)) / target) / 2
-            ahead = x + slope * (target - high)
-        x = ahead
+        x = trapezoid(denoise, x, denoised, high, target) if target > 0 else denoised
         yield Step(index, high, target, x, denoised)
 
 

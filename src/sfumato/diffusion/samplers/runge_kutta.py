@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step, churn
+from sfumato.diffusion.samplers.base import Noise, Step, churn, noised
 from sfumato.diffusion.samplers.first_order import posterior
 
 Advance = Callable[[Denoiser, Tensor, Tensor, float, float], Tensor]
@@ -55,8 +55,7 @@ def ancestral_steps(
         denoised = denoise(x, sigma)
         down, up = posterior(sigma, target, eta)
         x = advance(denoise, x, denoised, sigma, down) if down > 0 else denoised
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         yield Step(index, sigma, target, x, denoised)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sfumato import errors
 from sfumato.diffusion.prediction import Denoiser
-from sfumato.diffusion.samplers.base import Noise, Step
+from sfumato.diffusion.samplers.base import Noise, Step, noised
 from sfumato.diffusion.samplers.first_order import posterior
 
 SOLVER_TYPES = ("midpoint", "heun")
@@ -47,7 +47,7 @@ def dpmpp_sde(
         """`x` moved from sigma to target as if the denoised picture were `ahead` all the way."""
         down, up = posterior(sigma, target, eta)
         moved = ahead + (x - ahead) * (down / sigma)
-        return moved + noise(sigma, target) * (up * s_noise) if up * s_noise > 0 else moved
+        return noised(moved, noise, sigma, target, up * s_noise)
 
     for index, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = ahead = denoise(x, sigma)
@@ -88,8 +88,7 @@ def dpmpp_2m_sde(
             weight = _phi_2((1 + eta) * h) if solver_type == "heun" else (1 - decay) / 2
             ahead = denoised + slope * (weight / (1 - decay))
         x = ahead + (x - ahead) * decay
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         earlier = sigma, denoised
         yield Step(index, sigma, target, x, denoised)
 
@@ -136,8 +135,7 @@ def dpmpp_3m_sde(
                 weighted = weighted + bend * (curvature * (1 - 2 * phi_2 / ((1 + eta) * h)))
             ahead = denoised + weighted / (1 - decay)
         x = ahead + (x - ahead) * decay
-        if up * s_noise > 0:
-            x = x + noise(sigma, target) * (up * s_noise)
+        x = noised(x, noise, sigma, target, up * s_noise)
         earlier = [*earlier, (sigma, denoised)][-2:]
         yield Step(index, sigma, target, x, denoised)
 
