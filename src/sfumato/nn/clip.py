@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from sfumato.errors import InputError, nearest
-
-Activation = Literal["quick_gelu", "gelu"]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """The sigmoid approximation of GELU that OpenAI's CLIP was trained with; any shape."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+from sfumato.errors import InputError
+from sfumato.nn.clip_layers import Activation, EncoderLayers, check_layers
 
 
 @dataclass(frozen=True)
@@ -46,14 +34,7 @@ class CLIPTextConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"hidden_act is {self.hidden_act!r}.", nearest(self.hidden_act, ACTIVATIONS))
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size = {self.hidden_size} is not a multiple of "
-                f"num_attention_heads = {self.num_attention_heads}.",
-                "Choose a width that the heads divide.",
-            )
+        check_layers(self)
         for name, token in (("eos_token_id", self.eos_token_id), ("pad_token_id", self.pad_id)):
             if not 0 <= token < self.vocab_size:
                 raise InputError(
@@ -99,80 +80,13 @@ class Embeddings(nn.Module):
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
-class CausalSelfAttention(nn.Module):
-    """Multi-head attention in which a token sees itself and what stands before it."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        q, k, v = (
-            layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (b, heads, n, width / heads)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(attended.transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two linear layers with the config's activation between them."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.self_attn = CausalSelfAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class EncoderLayers(nn.Module):
-    """The stack of layers; exists so that their names read `encoder.layers.i`."""
-
-    def __init__(self, config: CLIPTextConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(b, n, width) -> itself and the output of every layer, each (b, n, width)."""
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return tuple(states)
-
-
 class TextTransformer(nn.Module):
     """Embeddings, layers and the final norm; what Hugging Face calls `text_model`."""
 
     def __init__(self, config: CLIPTextConfig) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = EncoderLayers(config)
+        self.encoder = EncoderLayers(config, causal=True)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, ...]:

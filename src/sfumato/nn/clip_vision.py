@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sfumato.errors import InputError, nearest
-from sfumato.nn.clip import ACTIVATIONS, Activation
+from sfumato.errors import InputError
+from sfumato.nn.clip_layers import Activation, EncoderLayers, check_layers
 
 # Of the pictures CLIP was trained on, by channel: clip.py of openai/CLIP.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -35,14 +34,7 @@ class CLIPVisionConfig:
     layer_norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.hidden_act not in ACTIVATIONS:
-            raise InputError(f"hidden_act is {self.hidden_act!r}.", nearest(self.hidden_act, ACTIVATIONS))
-        if self.num_attention_heads < 1 or self.hidden_size % self.num_attention_heads:
-            raise InputError(
-                f"hidden_size = {self.hidden_size} is not a multiple of "
-                f"num_attention_heads = {self.num_attention_heads}.",
-                "Choose a width that the heads divide.",
-            )
+        check_layers(self)
         if not 1 <= self.patch_size <= self.image_size:
             raise InputError(f"patch_size = {self.patch_size} in pictures of {self.image_size}.")
 
@@ -81,72 +73,6 @@ class PatchEmbeddings(nn.Module):
         return torch.cat([whole, patches], dim=1) + self.position_embedding.weight
 
 
-class SelfAttention(nn.Module):
-    """Multi-head attention among all tokens."""
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        width = config.hidden_size
-        self.num_heads = config.num_attention_heads
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
-        self.out_proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        q, k, v = (
-            layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (b, heads, n, width / heads)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return self.out_proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class MLP(nn.Module):
-    """Two linear layers with the config's activation between them."""
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-        self.activation = ACTIVATIONS[config.hidden_act]
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        return self.fc2(self.activation(self.fc1(x)))
-
-
-class EncoderLayer(nn.Module):
-    """A pre-norm transformer layer."""
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        self.self_attn = SelfAttention(config)
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = MLP(config)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(b, n, width) -> (b, n, width)."""
-        x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
-
-
-class Layers(nn.Module):
-    """The stack of layers; exists so that their names read `encoder.layers.i`."""
-
-    def __init__(self, config: CLIPVisionConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.num_hidden_layers))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(b, n, width) -> itself and the output of every layer, each (b, n, width)."""
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return tuple(states)
-
-
 class VisionTransformer(nn.Module):
     """Embeddings, layers and norms; what Hugging Face calls `vision_model`."""
 
@@ -156,7 +82,7 @@ class VisionTransformer(nn.Module):
         self.pre_layrnorm = nn.LayerNorm(
             config.hidden_size, eps=config.layer_norm_eps
         )  # spelt so in the files
-        self.encoder = Layers(config)
+        self.encoder = EncoderLayers(config, causal=False)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
