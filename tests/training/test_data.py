@@ -21,7 +21,9 @@ from sfumato.errors import DataError, InputError
 from sfumato.training.data import (
     Dataset,
     Position,
+    Share,
     batches,
+    groups,
     held_out,
     open_dataset,
     positions,
@@ -85,8 +87,10 @@ class Numbers:
 @pytest.mark.parametrize("start", [0, 12])
 def test_batches_hang_on_the_order_alone(workers: int, start: int) -> None:
     data: Dataset = Numbers()
-    order = (Position(0, 0, place, place % 70) for place in range(start, 10_000))
-    stream = batches(data, order, 4, workers)
+    order = (
+        [Position(0, 0, place, place % 70) for place in range(i, i + 4)] for i in range(start, 10_000, 4)
+    )
+    stream = batches(data, order, workers)
     threads = threading.active_count()
     for number, (group, pixels) in enumerate(islice(stream, 12)):
         places = list(range(start + 4 * number, start + 4 * number + 4))
@@ -97,11 +101,21 @@ def test_batches_hang_on_the_order_alone(workers: int, start: int) -> None:
     assert threading.active_count() <= threads
 
 
+def test_shares_make_up_the_batches() -> None:
+    data: Dataset = Numbers()
+    whole = list(islice(groups(data, 3, 12, 6), 30))
+    shares = [list(islice(groups(data, 3, 12, 6, Share(rank, 3)), 30)) for rank in range(3)]
+    for number, batch in enumerate(whole):
+        own = [share[number] for share in shares]
+        assert [len(part) for part in own] == [2, 2, 2]
+        assert sorted(sum(own, []), key=batch.index) == batch
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_picture_stops_the_batches(workers: int) -> None:
-    order = (Position(0, 0, place, place) for place in range(100))
+    order = ([Position(0, 0, place, place) for place in range(i, i + 4)] for i in range(0, 100, 4))
     with pytest.raises(DataError, match="picture 77"):
-        for _ in batches(Numbers(), order, 4, workers):
+        for _ in batches(Numbers(), order, workers):
             pass
 
 

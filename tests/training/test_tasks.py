@@ -250,7 +250,7 @@ def test_every_epoch_draws_other_latents(first_stage: Path, pictures: Path, tmp_
         data, network, 2.0, (2, 4, 4), tmp_path / "l.safetensors", "d", lambda done, of: None
     )  # fmt: skip
     places = [Position(0, 0, 1, 3), Position(0, 1, 1, 3), Position(0, 0, 1, 3), Position(0, 0, 1, 4)]
-    (group, drawn) = next(source.batches(iter(places), 4))
+    (group, drawn) = next(source.batches(iter([places])))
     assert group == places and drawn.shape == (4, 2, 4, 4)
     assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])
     deviation = (drawn[0] / 2 - source.mean[3]) / source.std[3]

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -82,6 +82,30 @@ def positions(order: Sequence[int], seed: int, start: int) -> Iterator[Position]
         epoch, offset = epoch + 1, 0
 
 
+class Share(NamedTuple):
+    """The part of every batch that one of several processes computes."""
+
+    rank: int = 0
+    world: int = 1
+
+
+def groups(
+    dataset: Dataset,
+    seed: int,
+    seen: int,
+    size: int,
+    share: Share = Share(),
+    order: Sequence[int] | None = None,
+) -> Iterator[list[Position]]:
+    """The endless batches from image `seen` of the run on, and of each the places that are this process's.
+
+    size: of a batch of all processes together. order: as `dataset.order`, which it is by default.
+    """
+    places = positions(dataset.order if order is None else order, seed, seen)
+    while True:
+        yield list(islice(places, size))[share.rank :: share.world]
+
+
 def to_tensor(picture: Image.Image) -> Tensor:
     """(c, h, w) float32 in -1..1 of an 8-bit picture."""
     pixels = np.asarray(picture, dtype=np.float32)
@@ -90,9 +114,9 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 
 def batches(
-    dataset: Dataset, order: Iterator[Position], size: int, workers: int
+    dataset: Dataset, order: Iterator[list[Position]], workers: int
 ) -> Generator[tuple[list[Position], Tensor], None, None]:
-    """(positions, pictures (b, c, h, w) in -1..1), endless; `workers` threads decode that many batches ahead.
+    """(positions, pictures (b, c, h, w) in -1..1) of `groups`; `workers` threads decode that many ahead.
 
     What comes out depends on `order` alone. Close it to stop the threads.
     """
@@ -101,14 +125,14 @@ def batches(
         return torch.stack([to_tensor(dataset.picture(position.index)) for position in group])
 
     if workers == 0:
-        while group := list(islice(order, size)):
+        for group in order:
             yield group, load(group)
     pool = ThreadPoolExecutor(max(workers, 1))
     waiting: deque[tuple[list[Position], Future[Tensor]]] = deque()
     try:
         while True:
             while len(waiting) <= workers:
-                group = list(islice(order, size))
+                group = next(order)
                 waiting.append((group, pool.submit(load, group)))
             group, future = waiting.popleft()
             yield group, future.result()

@@ -26,8 +26,8 @@ Progress = Callable[[int, int], None]
 class Source(Protocol):
     """Clean samples (b, c, h, w) of a data set."""
 
-    def batches(self, order: Iterator[Position], size: int) -> Generator[Batch, None, None]:
-        """Endless batches in the given order."""
+    def batches(self, order: Iterator[list[Position]]) -> Generator[Batch, None, None]:
+        """The samples of `groups`."""
         ...
 
     def fixed(self, indices: list[int]) -> Tensor:
@@ -41,8 +41,8 @@ class Pixels:
     def __init__(self, dataset: Dataset, workers: int) -> None:
         self.dataset, self.workers = dataset, workers
 
-    def batches(self, order: Iterator[Position], size: int) -> Generator[Batch, None, None]:
-        return batches(self.dataset, order, size, self.workers)
+    def batches(self, order: Iterator[list[Position]]) -> Generator[Batch, None, None]:
+        return batches(self.dataset, order, self.workers)
 
     def fixed(self, indices: list[int]) -> Tensor:
         return torch.stack([to_tensor(self.dataset.picture(index)) for index in indices])
@@ -74,9 +74,8 @@ class CachedLatents:
             cached = read_tensors(path)[0]
         self.mean, self.std = cached["mean"], cached["std"]
 
-    def batches(self, order: Iterator[Position], size: int) -> Generator[Batch, None, None]:
-        while True:
-            group = [next(order) for _ in range(size)]
+    def batches(self, order: Iterator[list[Position]]) -> Generator[Batch, None, None]:
+        for group in order:
             indices = [position.index for position in group]
             noise = torch.stack(
                 [torch.randn(self.mean.shape[1:], generator=p.generator("posterior")) for p in group]
