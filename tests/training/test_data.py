@@ -7,7 +7,7 @@ import json
 import tarfile
 import threading
 from collections import Counter
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -108,7 +108,7 @@ def test_shares_make_up_the_batches() -> None:
     for number, batch in enumerate(whole):
         own = [share[number] for share in shares]
         assert [len(part) for part in own] == [2, 2, 2]
-        assert sorted(sum(own, []), key=batch.index) == batch
+        assert sorted(chain(*own), key=batch.index) == batch
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -7,20 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError
 
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import InputError, nearest
 from sfumato.presets import AutoencoderTable, ScheduleTable, TextTable, UNetTable
+from sfumato.training.section import Section, Share
 
 RECIPES = "See configs/ for recipes that run."
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, without unknown keys, NaN or infinity."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class DataConfig(Section):

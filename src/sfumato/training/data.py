@@ -89,12 +89,15 @@ class Share(NamedTuple):
     world: int = 1
 
 
+WHOLE = Share()
+
+
 def groups(
     dataset: Dataset,
     seed: int,
     seen: int,
     size: int,
-    share: Share = Share(),
+    share: Share = WHOLE,
     order: Sequence[int] | None = None,
 ) -> Iterator[list[Position]]:
     """The endless batches from image `seen` of the run on, and of each the places that are this process's.

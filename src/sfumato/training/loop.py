@@ -17,7 +17,7 @@ from sfumato.checkpoints.files import disk_errors, write_atomically
 from sfumato.checkpoints.load import check_fit, copy_into
 from sfumato.errors import NumericalError
 from sfumato.training.config import LoopConfig, OptimizerConfig, TrainingConfig
-from sfumato.training.data import Share
+from sfumato.training.data import WHOLE, Share
 from sfumato.training.ema import Ema
 from sfumato.training.state import State, latest_state, save_state
 
@@ -48,8 +48,11 @@ class Task(Protocol):
         """The parameters that each optimizer steps."""
         ...
 
-    def batches(self, seen: int, size: int, share: Share = Share()) -> Generator[Any, None, None]:
-        """This process's share of batches of `size`, from image `seen` on: a function of the seed and `seen`."""
+    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Any, None, None]:
+        """This process's share of batches of `size` from image `seen` of the run on.
+
+        They are a function of the seed and `seen` alone.
+        """
         ...
 
     def losses(self, batch: Any, seen: int) -> Iterator[Loss]:

@@ -19,7 +19,7 @@ from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL, DiagonalGau
 from sfumato.presets import ModelConfig
 from sfumato.runtime import channels_last
 from sfumato.training.config import LoopConfig, TrainingConfig
-from sfumato.training.data import Dataset, Position, Share, batches, groups, to_tensor
+from sfumato.training.data import WHOLE, Dataset, Position, Share, batches, groups, to_tensor
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
 
@@ -67,7 +67,7 @@ class AutoencoderTask:
             parts += [self.network.encoder, self.network.quant_conv]
         return {"autoencoder": [parameter for part in parts for parameter in part.parameters()]}
 
-    def batches(self, seen: int, size: int, share: Share = Share()) -> Generator[Batch, None, None]:
+    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Batch, None, None]:
         order = groups(self.dataset, self.config.seed, seen, size, share)
         return batches(self.dataset, order, self.config.data.workers)
 

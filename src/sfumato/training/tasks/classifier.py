@@ -19,7 +19,7 @@ from sfumato.nn.classifier import Classifier
 from sfumato.nn.vq import VQModel
 from sfumato.runtime import channels_last, training_attention
 from sfumato.training.config import ClassifierTaskConfig, TrainingConfig
-from sfumato.training.data import Dataset, Position, Share, groups, to_tensor
+from sfumato.training.data import WHOLE, Dataset, Position, Share, groups, to_tensor
 from sfumato.training.latents import Batch, CachedLatents, Pixels, Progress, Source
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
@@ -74,7 +74,7 @@ class ClassifierTask:
     def optimized(self) -> Mapping[str, list[nn.Parameter]]:
         return {"classifier": list(self.network.parameters())}
 
-    def batches(self, seen: int, size: int, share: Share = Share()) -> Generator[Batch, None, None]:
+    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Batch, None, None]:
         order = [index for index in self.dataset.order if index in self.labels]
         return self.source.batches(groups(self.dataset, self.config.seed, seen, size, share, order))
 

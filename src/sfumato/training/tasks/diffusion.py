@@ -27,7 +27,7 @@ from sfumato.request import Request
 from sfumato.runtime import channels_last, training_attention
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Dataset, Position, Share, groups
+from sfumato.training.data import WHOLE, Dataset, Position, Share, groups
 from sfumato.training.latents import Batch, CachedLatents, Pixels, Progress, Source
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
@@ -85,7 +85,7 @@ class DiffusionTask:
     def optimized(self) -> Mapping[str, list[nn.Parameter]]:
         return {"denoiser": [p for module in self.modules.values() for p in module.parameters()]}
 
-    def batches(self, seen: int, size: int, share: Share = Share()) -> Generator[Batch, None, None]:
+    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Batch, None, None]:
         return self.source.batches(groups(self.dataset, self.config.seed, seen, size, share))
 
     def losses(self, batch: Batch, seen: int) -> Iterator[Loss]:
