@@ -30,6 +30,9 @@ INNER = (
     "intake",
     "request",
     "model",
+    "conditioned",
+    "preprocess",
+    "upscale",
 )
 RULES: dict[str, tuple[str, ...]] = {
     "": (*INNER, "generation"),  # the package's public names
@@ -49,22 +52,21 @@ RULES: dict[str, tuple[str, ...]] = {
     "request": ("diffusion", "request"),
     "recipes": ("recipes", "request", "diffusion", "checkpoints.files"),
     "model": INNER,
+    "conditioned": ("conditioning", "nn", "presets", "text"),
     "generation": (*INNER, "generation"),
     "upscale": ("checkpoints.upscaler", "nn.tiles"),
     "morph": ("checkpoints.files",),
     "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
     "data": (*INNER, "data"),
-    "preprocess": (*INNER, "preprocess"),
+    "preprocess": ("preprocess",),
     "compat": (*INNER, "generation", "compat"),
     "cli": (
         *INNER,
         "generation",
         "training",
         "data",
-        "preprocess",
         "charts",
         "recipes",
-        "upscale",
         "morph",
         "cli",
     ),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from functools import cached_property, partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.load import open_model
+from sfumato.conditioned import Conditioned
 from sfumato.conditioning import Conditioning
 from sfumato.diffusion.prediction import Predictor, paired
 from sfumato.diffusion.schedule import Schedule
@@ -27,18 +28,13 @@ from sfumato.presets import (
     ModelConfig,
     check_parts,
     check_tokenizer,
-    context_width,
-    num_classes,
 )
 from sfumato.runtime import resolve_device, resolve_dtype
-from sfumato.text import encode
-from sfumato.text.tokenizer import Tokenizer
-from sfumato.text.wordpiece import WordPiece
 
 EMBEDDED = Path(__file__).parent / "assets" / "illustrations.safetensors"
 
 
-class StableDiffusion:
+class StableDiffusion(Conditioned):
     """The parts that its config describes, each loaded when first used; schedule and prediction.
 
     modules: the networks by name ("unet", "autoencoder", "text", "text2", "bert", "classes"), a mapping that
@@ -121,11 +117,6 @@ class StableDiffusion:
         """The table of classes, for models conditioned on them through their context."""
         return cast(ClassEmbedder | None, self.part("classes"))
 
-    @cached_property
-    def tokenizer(self) -> Tokenizer | WordPiece | None:
-        """The text encoder's tokenizer."""
-        return None if self.config.tokenizer is None else encode.read_tokenizer(self.config.tokenizer)
-
     @property
     def digest(self) -> str | None:
         """sha256 of the file it came from, None for a model built in memory."""
@@ -177,105 +168,6 @@ class StableDiffusion:
         return (channels, *depth, *(side // self.downsampling for side in sides))
 
     @torch.no_grad()
-    def encode_prompt(
-        self,
-        prompts: list[str],
-        clip_skip: int | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-        original: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
-        dialect: encode.Dialect | None = None,
-        vectors: Mapping[str, Mapping[str, Tensor]] | None = None,
-    ) -> Conditioning:
-        """Token-wise text features: `.context` is (b, tokens, width). Text beyond the context is cut.
-
-        dialect: reads weights in the prompts, "a1111" or "comfyui", and takes texts of any length, in rows of
-        the context's; None takes the words as they stand. vectors: the textual inversions that prompts of a
-        dialect may name, for each of "text" and "text2" (n, width).
-        clip_skip: the layer of CLIP from the end, 1 the last (AUTOMATIC1111's numbering); None is the model's
-        own, 1 but for SDXL's 2. size, original, crop: for SDXL's `.vector`, (height, width) in pixels of the
-        picture and of what it was made from, (top, left) of what was cut off; None is `image_size`, and
-        `size`. Raises `InputError` without a text encoder, its tokenizer, or such a layer.
-        """
-        config, tokenizer = self.config, self.tokenizer
-        if config.bert is not None:
-            return self._encode_wordpieces(prompts, clip_skip)
-        if self.text_encoder is None or not isinstance(tokenizer, Tokenizer):
-            raise InputError(f"{self.name!r} has no text encoder", "Leave the prompt out.")
-        skip = config.clip_skip if clip_skip is None else clip_skip
-        if dialect is not None:
-            second = self.text_encoder2
-            encoders = [self.text_encoder] if second is None else [self.text_encoder, second]
-            parts = ("text", "text2")[: len(encoders)]
-            own = {name: [given[part] for part in parts] for name, given in (vectors or {}).items()}
-            sizes = None if second is None else self._sizes(size, original, crop)
-            normed = config.text_normed
-            return encode.encode_weighted(prompts, tokenizer, encoders, skip, normed, sizes, dialect, own)
-        if self.text_encoder2 is None:
-            return encode.encode_prompts(
-                prompts, tokenizer, self.text_encoder, skip, config.text_normed
-            ).conditioning
-        towers, sizes = (self.text_encoder, self.text_encoder2), self._sizes(size, original, crop)
-        return encode.encode_two_towers(
-            prompts, tokenizer, towers, sizes, skip, config.text_normed
-        ).conditioning
-
-    def prompt_cuts(self, prompts: list[str]) -> list[str]:
-        """For each prompt the words that do not fit into the context, "" where all do."""
-        if self.tokenizer is None or (tokens := self._tokens()) is None:
-            return ["" for _ in prompts]
-        return self.tokenizer.batch(prompts, tokens)[1]
-
-    @torch.no_grad()
-    def encode_label(self, labels: list[int]) -> Conditioning:
-        """Numbered classes, as `.context` (b, 1, width) or as `.vector` (b,), as the model takes them.
-
-        Raises `InputError` for a class that it does not have.
-        """
-        count = num_classes(self.config)
-        for label in labels:
-            if count is None or not 0 <= label < count:
-                most = "none" if count is None else f"0 to {count - 1}"
-                raise InputError(
-                    f"the label is {label}; {self.name!r} has labels: {most}", "Change the label."
-                )
-        numbers = torch.tensor(labels, device=self.device)
-        table = self.classes
-        return Conditioning(vector=numbers) if table is None else Conditioning(context=table(numbers))
-
-    def uncondition(
-        self,
-        count: int,
-        clip_skip: int | None = None,
-        zeros: bool | None = None,
-        *,
-        size: tuple[int, int] | None = None,
-        original: tuple[int, int] | None = None,
-        crop: tuple[int, int] = (0, 0),
-    ) -> Conditioning:
-        """The condition of "nothing asked for": the empty prompt, "no class", or none where there is neither.
-
-        zeros: all zeros for the empty prompt, as SDXL was trained; None is the model's own choice. The rest
-        is that of `encode_prompt`.
-        """
-        config = self.config
-        if config.classes is not None:
-            last = config.classes.n_classes - 1
-            return self.encode_label([last] * count) if config.classes.unconditional else Conditioning()
-        if config.text is None and config.bert is None:
-            return Conditioning()
-        if not (config.zeros_for_empty if zeros is None else zeros):
-            return self.encode_prompt([""] * count, clip_skip, size=size, original=original, crop=crop)
-        tokens, width = cast(int, self._tokens()), cast(int, context_width(config))
-        context, vector = torch.zeros(count, tokens, width, device=self.device, dtype=self.dtype), None
-        if config.text2 is not None:
-            numbers = self._sizes(size, original, crop).vector().expand(count, -1)
-            vector = torch.cat([torch.zeros(count, config.text2.pooled_size), numbers], dim=1)
-            vector = vector.to(self.device)
-        return Conditioning(context, vector)
-
-    @torch.no_grad()
     def encode_image(self, images: Tensor) -> Tensor:
         """Pictures (b, c, h, w) in -1..1 -> scaled latents (b, z, h/f, w/f); themselves in pixel space."""
         images = images.to(self.device, self.dtype)
@@ -290,13 +182,23 @@ class StableDiffusion:
             return latents
         return self.autoencoder.decode((latents / self.latent_scale).to(self.device, self.dtype)).float()
 
-    def network(self, x: Tensor, t: Tensor, cond: Conditioning, patch: Patch | None = None) -> Tensor:
-        """The network seam: x (b, c, ...), t (b,), conditions -> raw prediction like x."""
+    def network(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Conditioning,
+        patch: Patch | None = None,
+        residuals: Sequence[Tensor] = (),
+    ) -> Tensor:
+        """The network seam: x (b, c, ...), t (b,), conditions -> raw prediction like x.
+
+        residuals: what control networks add to the U-Net's skip connections and its middle.
+        """
         self.check_pictures(cond)
         cond = cond.to(x.device, x.dtype)
         if cond.concat is not None:
             x = torch.cat([x, cond.concat], dim=1)
-        return self.unet(x, t, context=cond.context, vector=cond.vector, patch=patch)
+        return self.unet(x, t, context=cond.context, vector=cond.vector, patch=patch, residuals=residuals)
 
     def predictor(self, patch: Patch | None = None) -> Predictor:
         """The model as a conditional denoiser P(x, sigma, cond) -> x0; `patch`: see `sfumato.nn.patches`."""
@@ -331,29 +233,6 @@ class StableDiffusion:
         other._build = lambda name: copy.deepcopy(cast(nn.Module, self.part(name))).float()
         other._target = (self.device, torch.float32)
         return other
-
-    def _encode_wordpieces(self, prompts: list[str], clip_skip: int | None) -> Conditioning:
-        if not isinstance(self.tokenizer, WordPiece) or self.bert is None:
-            raise InputError(
-                f"{self.name!r} reads prompts with BERT's vocabulary, which its file does not hold",
-                "Give the vocab.txt of bert-base-uncased: load(..., vocab=) or --vocab.",
-            )
-        if clip_skip not in (None, 1):
-            raise InputError(
-                f"clip_skip is {clip_skip}; the text encoder of {self.name!r} is not CLIP", "Leave it out."
-            )
-        return encode.encode_wordpieces(prompts, self.tokenizer, self.bert).conditioning
-
-    def _sizes(
-        self, size: tuple[int, int] | None, original: tuple[int, int] | None, crop: tuple[int, int]
-    ) -> encode.Sizes:
-        height, width = self.image_size[-2:] if size is None else size
-        return encode.Sizes((height, width), original, crop)
-
-    def _tokens(self) -> int | None:
-        """Tokens in a row of the text encoder, None without one."""
-        text, bert = self.config.text, self.config.bert
-        return text.max_position_embeddings if text else bert.max_seq_len if bert else None
 
 
 def load(

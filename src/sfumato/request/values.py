@@ -6,9 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict
+
 from sfumato.errors import InputError
 
 Answer = TypeVar("Answer")
+Options = dict[str, float | str]
+
+
+class Fields(BaseModel):
+    """Some fields of a request: frozen, without unknown ones, NaN or infinity."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 def sampler_key(name: str) -> str:
