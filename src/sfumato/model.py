@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.classes import ClassEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
+from sfumato.nn.tiled import decode_tiled, encode_tiled
 from sfumato.nn.unet import Patch, UNet, UNetConfig
 from sfumato.nn.vq import VQModel
 from sfumato.presets import (
@@ -31,15 +33,25 @@ from sfumato.presets import (
 )
 from sfumato.runtime import resolve_device, resolve_dtype
 
+
+@dataclass(frozen=True)
+class Tiles:
+    """Whether an autoencoder runs in parts, see `nn.tiled`; wrap: whether (y, x) are circles."""
+
+    mode: Literal["none", "exact", "fast"] = "none"
+    wrap: tuple[bool, bool] = (False, False)
+
+
+WHOLE = Tiles()
 EMBEDDED = Path(__file__).parent / "assets" / "illustrations.safetensors"
 
 
 class StableDiffusion(Conditioned):
     """The parts that its config describes, each loaded when first used; schedule and prediction.
 
-    modules: the networks by name ("unet", "autoencoder", "text", "text2", "bert", "classes"), a mapping that
-    may build a part when it is asked for it; here only its names are read. Without an autoencoder it draws
-    pixels. `latent_scale` multiplies latents on their way into the U-Net; `defaults` are the request fields
+    modules: the networks by name ("unet", "autoencoder", "text", "text2", "bert", "classes", "preview"), a
+    mapping that may build a part when it is asked for it; here only its names are read. Without an
+    autoencoder it draws pixels. `latent_scale` multiplies latents on their way into the U-Net; `defaults` are the request fields
     the model draws best with; `digest` is the sha256 of the file it came from, or finds it out when first
     asked; None for a model built in memory. Raises `InputError` for parts that do not fit together.
     """
@@ -168,19 +180,40 @@ class StableDiffusion(Conditioned):
         return (channels, *depth, *(side // self.downsampling for side in sides))
 
     @torch.no_grad()
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, tiles: Tiles = WHOLE) -> Tensor:
         """Pictures (b, c, h, w) in -1..1 -> scaled latents (b, z, h/f, w/f); themselves in pixel space."""
         images = images.to(self.device, self.dtype)
         if self.autoencoder is None:
             return images
-        return self.autoencoder.encode(images).mode() * self.latent_scale
+        if tiles.mode == "none":
+            return self.autoencoder.encode(images).mode() * self.latent_scale
+        return encode_tiled(self.autoencoder, images, tiles.mode, wrap=tiles.wrap).mode() * self.latent_scale
 
     @torch.no_grad()
-    def decode_latents(self, latents: Tensor) -> Tensor:
+    def decode_latents(self, latents: Tensor, tiles: Tiles = WHOLE) -> Tensor:
         """Scaled latents (b, z, h, w) -> pictures (b, c, h*f, w*f), about -1..1; the same in pixel space."""
         if self.autoencoder is None:
             return latents
-        return self.autoencoder.decode((latents / self.latent_scale).to(self.device, self.dtype)).float()
+        latents = (latents / self.latent_scale).to(self.device, self.dtype)
+        if tiles.mode == "none":
+            return self.autoencoder.decode(latents).float()
+        return decode_tiled(self.autoencoder, latents, tiles.mode, wrap=tiles.wrap).float()
+
+    @torch.no_grad()
+    def preview_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents (b, z, h, w), as a step's `denoised` -> pictures to watch (b, c, ...) in -1..1.
+
+        By the model's preview decoder; without, by its matrix to colours, at the latents' own size; without
+        both by the autoencoder, which costs what the last picture does. In pixel space the same.
+        """
+        preview, matrix = self.part("preview"), self.config.latent_rgb
+        if preview is not None:
+            return preview(latents.to(self.device, self.dtype)).float().clamp(-1, 1)
+        if matrix is None:
+            return self.decode_latents(latents).clamp(-1, 1)
+        *weights, constant = torch.tensor(matrix, device=latents.device)
+        colours = torch.einsum("bz...,zc->bc...", latents.float(), torch.stack(weights))
+        return (colours + constant.view(-1, *[1] * (latents.ndim - 2))).clamp(-1, 1)
 
     def network(
         self,

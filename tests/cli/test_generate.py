@@ -142,7 +142,7 @@ def test_samples_that_are_no_pictures(
     place: Path, pixel_model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     two = torch.nn.Conv2d(1, 2, 1)
-    pixel_model.decode_latents = two  # type: ignore[method-assign]
+    pixel_model.decode_latents = lambda latents, tiles: two(latents)  # type: ignore[method-assign]
     monkeypatch.setattr("sfumato.model.load", lambda *arguments, **options: pixel_model)
     assert main(["generate", "--seed", "1"]) == 0
     assert names(place) == ["picture-1-preview.png", "picture-1.npy"]

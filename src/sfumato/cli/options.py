@@ -58,6 +58,14 @@ def _parameter(name: str, field: FieldInfo) -> inspect.Parameter:
         return inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=annotation
         )
+    if isinstance(extra, Mapping) and extra.get("repeated"):
+        annotation = Annotated[
+            list[str] | None,
+            Parameter(
+                help=field.description, show_default=False, metavar="TEXT", group=group, negative=(),
+            ),
+        ]  # fmt: skip
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
     # A text, for `Request` to read; one that is not given stays out of the request.
     told = isinstance(field.default, int | float | str) and field.default != ""
     text = f"{field.description} [default: {field.default}]" if told else field.description

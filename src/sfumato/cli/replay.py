@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from sfumato.cli.options import Ema, Offline, Prediction, Vae
 
 FILE = Parameter(metavar="FILE", help="That of the recipe, if it names one: pictures choose no files.")
+CONTROL = Parameter(metavar="TEXT", negative=(), help="A control, as in `sfumato generate`.")
 LORA = Parameter(metavar="TEXT", help="LoRA to apply, as in `sfumato generate`.")
 
 
@@ -38,6 +39,11 @@ def replay(
     start_noise: Annotated[Path | None, FILE] = None,
     weak_model: Annotated[str | None, FILE] = None,
     classifier: Annotated[str | None, FILE] = None,
+    control: Annotated[list[str] | None, CONTROL] = None,
+    control_dir: Annotated[Path | None, FILE] = None,
+    image_encoder: Annotated[str | None, FILE] = None,
+    region_masks: Annotated[list[Path] | None, FILE] = None,
+    hires_network: Annotated[str | None, FILE] = None,
     lora: Annotated[str | None, LORA] = None,
     lora_dir: Annotated[Path | None, FILE] = None,
     embedding_dir: Annotated[Path | None, FILE] = None,
@@ -70,7 +76,8 @@ def replay(
     files = {
         "init": init, "mask": mask, "start_noise": start_noise, "weak_model": weak_model,
         "classifier": classifier, "lora": lora, "lora_dir": lora_dir, "embedding_dir": embedding_dir,
-        "wildcards": wildcards, "styles_file": styles_file,
+        "wildcards": wildcards, "styles_file": styles_file, "control": control, "control_dir": control_dir,
+        "image_encoder": image_encoder, "region_masks": region_masks, "hires_network": hires_network,
     }  # fmt: skip
     given = {name: value for name, value in files.items() if value is not None}
     changes = {**files_needed(recipe, given), **given}

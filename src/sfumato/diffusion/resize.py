@@ -18,6 +18,9 @@ LATENT_MODES: Mapping[str, tuple[str, bool]] = {
     "nearest": ("nearest", False),
     "nearest-exact": ("nearest-exact", False),
 }
+LATENT = "latent"
+# What a second pass may be called to start from, beside pixels: latent, latent-bicubic, ...
+LATENTS: Mapping[str, str] = {LATENT: "bilinear"} | {f"{LATENT}-{mode}": mode for mode in LATENT_MODES}
 
 
 def resize_latents(latents: Tensor, size: tuple[int, int], mode: str = "bilinear") -> Tensor:

@@ -65,7 +65,7 @@ def canvas(model: StableDiffusion, request: Request) -> Canvas:
     whole = tuple(_in_mode(picture, mode(model)) for picture in given)
     box = _box(request, whole[0].size, mask, size)
     if box is None:
-        moved = tuple(_fitted(picture, size, request.resize) for picture in whole)
+        moved = tuple(fitted(picture, size, request.resize) for picture in whole)
         own = None if mask is None else _fitted_mask(mask, size, request)
         return Canvas(moved, (0, 0, *size), size, own, whole)
     if mask is None:
@@ -220,7 +220,7 @@ def scaled(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
     return picture if picture.size == size else picture.resize(size, Image.Resampling.LANCZOS)
 
 
-def _fitted(picture: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
+def fitted(picture: Image.Image, size: tuple[int, int], how: str) -> Image.Image:
     """The picture at the drawing's size, by one of the modes of `Request.resize`."""
     if how in ("stretch", "latent"):
         return scaled(picture, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,10 +13,11 @@ from sfumato.conditioning import Conditioning, concatenate
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.errors import InputError
 from sfumato.generation.notes import Notes, not_finite
-from sfumato.generation.written import Written
+from sfumato.generation.written import Written, written
 from sfumato.model import StableDiffusion
 from sfumato.presets import num_classes
 from sfumato.request import Request
+from sfumato.request.large import read_region
 from sfumato.text.chunks import missing
 from sfumato.text.emphasis import segments
 
@@ -34,10 +35,20 @@ class Stage:
 
 @dataclass(frozen=True)
 class Conditions:
-    """The stages of a run in order, and the weights of the prompts that AND composes."""
+    """The stages of a run in order, the weights of the prompts that AND composes, and its regions'."""
 
     stages: tuple[Stage, ...]
     weights: tuple[float, ...] = (1.0,)
+    regions: tuple[Conditions, ...] = ()
+
+    def map(self, change: Callable[[Mapping[str, Conditioning]], Mapping[str, Conditioning]]) -> Conditions:
+        """The branches of every stage, the regions' too, changed."""
+        stages = tuple(replace(stage, conds=change(stage.conds)) for stage in self.stages)
+        return replace(self, stages=stages, regions=tuple(region.map(change) for region in self.regions))
+
+    def each(self, change: Callable[[Conditioning], Conditioning]) -> Conditions:
+        """Every condition changed."""
+        return self.map(lambda conds: {name: change(cond) for name, cond in conds.items()})
 
 
 def conditions(
@@ -74,7 +85,19 @@ def conditions(
 
     branches = [branch for one in prompts for branch in (*(one.positive or ()), one.negative)]
     ends = {each.until for branch in branches for each in branch.stages} | {request.steps}
-    return Conditions(tuple(stage(until) for until in sorted(ends)), weights)
+    regions = tuple(_of_region(model, request, text, vectors, notes) for text in request.regions)
+    return Conditions(tuple(stage(until) for until in sorted(ends)), weights, regions)
+
+
+def _of_region(
+    model: StableDiffusion, request: Request, text: str, vectors: Vectors, notes: Notes
+) -> Conditions:
+    """The conditions of a region: those of the request with the region's prompt."""
+    own = request.model_copy(update={"prompt": read_region(text).prompt, "regions": ()})
+    prompts = written(own, notes)
+    if any(one.loras for one in prompts):
+        notes.warn_once("LoRA tags in a region's prompt were left out: they change the whole picture")
+    return conditions(model, own, prompts, vectors, notes)
 
 
 def encoded(

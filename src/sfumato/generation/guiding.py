@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,8 @@ from sfumato.diffusion.prediction import ConditionalDenoiser, GuidedDenoiser
 from sfumato.diffusion.schedule import Schedule
 from sfumato.errors import InputError, nearest
 from sfumato.generation.conditions import Conditions
+from sfumato.generation.controlling import NONE, Controls, predictors
+from sfumato.generation.large import in_windows
 from sfumato.model import StableDiffusion, load
 from sfumato.nn.patches import (
     combine_patches,
@@ -107,21 +109,30 @@ class Staged:
 
 
 def denoiser(
-    model: StableDiffusion, request: Request, conds: Conditions, sigmas: Sequence[float]
+    model: StableDiffusion,
+    request: Request,
+    conds: Conditions,
+    sigmas: Sequence[float],
+    controls: Controls = NONE,
 ) -> GuidedDenoiser:
-    """The model guided as the request says; sigmas: the noise levels of the run.
+    """The model guided and controlled as the request says; sigmas: the noise levels of the run.
 
     What this makes remembers its run: make a new one for each. Raises `InputError` for methods that do not
     fit together or the model.
     """
-    combine = _combined(model, request, conds.weights, sigmas)
     weak = None if request.weak_model is None else _weak(request.weak_model, model).predictor()
     steps = len(sigmas) - 1
-    made = [_stage(model, request, stage.conds, combine, weak, sigmas) for stage in conds.stages]
-    if len(made) == 1:
-        return made[0]
-    ends = [sigmas[min(stage.until, steps)] for stage in conds.stages]
-    return Staged(tuple(zip(ends, made, strict=True)))
+    make = predictors(model, request, controls, sigmas)
+
+    def part(conds: Conditions) -> GuidedDenoiser:
+        combine = _combined(model, request, conds.weights, sigmas)
+        made = [_stage(model, request, stage.conds, combine, weak, sigmas, make) for stage in conds.stages]
+        if len(made) == 1:
+            return made[0]
+        ends = [sigmas[min(stage.until, steps)] for stage in conds.stages]
+        return Staged(tuple(zip(ends, made, strict=True)))
+
+    return in_windows(model, request, conds, part)
 
 
 def _stage(
@@ -131,10 +142,11 @@ def _stage(
     combine: Combine,
     weak: ConditionalDenoiser | None,
     sigmas: Sequence[float],
+    make: Callable[[Patch], ConditionalDenoiser],
 ) -> GuidedDenoiser:
-    """The denoiser of one stage."""
+    """The denoiser of one stage; make: the model with a patch."""
     patch = freeu(model.unet.config, *request.freeu) if request.freeu else Patch()
-    predict = model.predictor(patch)  # one for all, so that branches share a pass
+    predict = make(patch)  # one for all, so that branches share a pass
     branches: dict[str, Branch] = {name: (predict, cond) for name, cond in conds.items()}
     for name, weight, disturbed in (
         ("perturbed", request.pag, perturbed_attention),
@@ -142,14 +154,14 @@ def _stage(
     ):
         if weight:
             changed = combine_patches(disturbed(model.unet, request.attention_layers), patch)
-            branches[name] = (model.predictor(changed), conds["cond"])
+            branches[name] = (make(changed), conds["cond"])
     if weak is not None:
         branches["weak"] = (weak, conds["cond"])
     batched = not request.deterministic
     found: GuidedDenoiser = guided(branches, combine, batched=batched)
     if request.sag:
         kept, take = kept_attention(model.unet)
-        looking = attended(model.predictor(combine_patches(kept, patch)), take)
+        looking = attended(make(combine_patches(kept, patch)), take)
         found = self_attention_guided(branches, combine, looking, request.sag, batched=batched)
     if request.classifier is not None and request.classifier_scale:
         probability = _class_probability(model, request)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from sfumato.errors import NumericalError
 
 if TYPE_CHECKING:
+    from sfumato.generation.controlling import Controls
     from sfumato.generation.pictures import Start
 
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 class Notes:
     """What a run has to tell: warnings for people, stages repeated in float32, for every picture its prompts
     with styles and choices drawn, the sha256 of LoRA and embeddings by kind and name, the number of steps
-    that are run, and what they start from, which `finish` needs.
+    that are run, what they start from, which `finish` needs, and what controls them.
     """
 
     warnings: list[str] = field(default_factory=list)
@@ -24,6 +25,7 @@ class Notes:
     addons: dict[str, dict[str, str]] = field(default_factory=dict)
     steps: int | None = None
     start: Start | None = None
+    controls: Controls | None = None
 
     def warn_once(self, text: str) -> None:
         """A warning, unless it has been given."""

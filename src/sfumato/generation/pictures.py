@@ -17,12 +17,13 @@ from sfumato.diffusion.edits import masked
 from sfumato.diffusion.prediction import GuidedDenoiser
 from sfumato.diffusion.spacing import Spacing
 from sfumato.errors import InputError
-from sfumato.generation.canvas import Canvas, canvas, mode, resized_mask, scaled
+from sfumato.generation.canvas import Box, Canvas, canvas, is_part, mode, resized_mask, scaled
 from sfumato.generation.conditions import Conditions
+from sfumato.generation.large import around
 from sfumato.generation.levels import levels
 from sfumato.generation.notes import Notes, not_finite
 from sfumato.generation.seam import feathered, matched_at_seam, matched_colours, pasted
-from sfumato.model import StableDiffusion
+from sfumato.model import StableDiffusion, Tiles
 from sfumato.request import Request
 
 SEAM = 4  # latents around a mask by which its tones are matched
@@ -34,6 +35,11 @@ class Start(Protocol):
     @property
     def plan(self) -> Spacing:
         """The noise levels."""
+        ...
+
+    @property
+    def shown(self) -> tuple[Sequence[Image.Image], Box | None]:
+        """The pictures at the drawing's size, and where they lie in the given ones if they are parts."""
         ...
 
     def x(self, noise: Tensor) -> Tensor:
@@ -62,6 +68,10 @@ class FromNoise:
     """The start of a run without a picture."""
 
     plan: Spacing
+
+    @property
+    def shown(self) -> tuple[Sequence[Image.Image], Box | None]:
+        return (), None
 
     def x(self, noise: Tensor) -> Tensor:
         return noise * self.plan.start_scale
@@ -95,6 +105,10 @@ class FromPictures:
     concat: Tensor | None
     downsampling: int
 
+    @property
+    def shown(self) -> tuple[Sequence[Image.Image], Box | None]:
+        return self.canvas.parts, self.canvas.box if is_part(self.request) else None
+
     def x(self, noise: Tensor) -> Tensor:
         """Noise on the pictures; at strength 1 noise alone."""
         amount = noise * self.plan.start_scale
@@ -120,8 +134,7 @@ class FromPictures:
         if concat is None:
             return _checked(model, conds)
         joined = _edit_branches if kind_of(model) == "edits" else _same_for_all
-        stages = tuple(replace(stage, conds=joined(stage.conds, concat)) for stage in conds.stages)
-        return replace(conds, stages=stages)
+        return conds.map(lambda branches: joined(branches, concat))
 
     def kept(self, latents: Tensor) -> Tensor:
         """What is known is free of the noise that a run leaves which ends above 0."""
@@ -156,12 +169,24 @@ class FromPictures:
         return finished
 
 
+@dataclass(frozen=True)
+class FromLatents(FromNoise):
+    """The start of a run from latents, scaled, (n, z, h, w)."""
+
+    latents: Tensor
+
+    def x(self, noise: Tensor) -> Tensor:
+        return self.latents.to(noise) + noise * self.plan.start_scale
+
+
 def start(model: StableDiffusion, request: Request, notes: Notes) -> Start:
     """What a request from `complete` starts from; `InputError` for pictures that it cannot start from."""
     plan = levels(model, request)
     if request.init is None:
         _check_alone(request)
         return FromNoise(plan)
+    if isinstance(request.init, Tensor):
+        return FromLatents(plan, request.init)
     if len(plan.sigmas) == 1 and request.strength:
         notes.warn_once(f"strength {request.strength:g} of {request.steps} steps is none: nothing is drawn")
     place = canvas(model, request)
@@ -172,8 +197,8 @@ def start(model: StableDiffusion, request: Request, notes: Notes) -> Start:
     if request.resize == "latent" and place.box == (0, 0, *place.size):
         latents = _stretched_latents(model, request, place, notes)
     else:
-        latents = encoded(model, pictures, notes, one_by_one=request.deterministic)
-    concat = _concat(model, place, latents, notes)
+        latents = encoded(model, request, pictures, notes)
+    concat = _concat(model, request, place, latents, notes)
     small = None
     if mask is not None:
         small = resized_mask(mask, tuple(latents.shape[2:])).to(model.device)
@@ -202,14 +227,15 @@ def filled(pictures: Tensor, mask: Tensor) -> Tensor:
     return _filled(pictures * known, known) if bool(known.any()) else torch.zeros_like(pictures)
 
 
-def encoded(model: StableDiffusion, pictures: Tensor, notes: Notes, *, one_by_one: bool = False) -> Tensor:
+def encoded(model: StableDiffusion, request: Request, pictures: Tensor, notes: Notes) -> Tensor:
     """Scaled latents (n, z, h, w) in float32, encoded in float32 where a narrower type left the finite."""
-    parts = pictures.split(1) if one_by_one else [pictures]
-    latents = torch.cat([model.encode_image(part).float() for part in parts])
+    parts = pictures.split(1) if request.deterministic else [pictures]
+    tiled = Tiles(request.tiled, around(request))
+    latents = torch.cat([model.encode_image(part, tiled).float() for part in parts])
     if not bool(torch.isfinite(latents).all()):
         notes.float32_retries.append("encoder")
         wide = model.float32()
-        latents = torch.cat([wide.encode_image(part).float() for part in parts])
+        latents = torch.cat([wide.encode_image(part, tiled).float() for part in parts])
         if not bool(torch.isfinite(latents).all()):
             raise not_finite("the encoder", "for the picture to start from")
     return latents
@@ -234,12 +260,14 @@ def _stretched_latents(model: StableDiffusion, request: Request, place: Canvas, 
     pictures = images.to_tensor(
         [scaled(each, cast(tuple[int, int], own)) for each in place.given], mode(model)
     )
-    latents = encoded(model, pictures, notes, one_by_one=request.deterministic)
+    latents = encoded(model, request, pictures, notes)
     shape = (place.size[1] // factor, place.size[0] // factor)
     return F.interpolate(latents, shape, mode="bilinear", antialias=True)
 
 
-def _concat(model: StableDiffusion, place: Canvas, latents: Tensor, notes: Notes) -> Tensor | None:
+def _concat(
+    model: StableDiffusion, request: Request, place: Canvas, latents: Tensor, notes: Notes
+) -> Tensor | None:
     """The network's further channels.
 
     Of models for inpainting the mask and the latents of the picture without what it masks, in the order of
@@ -253,7 +281,7 @@ def _concat(model: StableDiffusion, place: Canvas, latents: Tensor, notes: Notes
     mask = place.drawn_mask
     mask = torch.ones(1, 1, *place.size[::-1]) if mask is None else (mask >= 0.5).float()
     shown = images.to_tensor(place.parts, mode(model)) * (1 - mask)  # grey where it is masked
-    known = encoded(model, shown, notes)
+    known = encoded(model, request, shown, notes)
     small = resized_mask(mask, tuple(known.shape[2:])).to(known)
     return torch.cat([small.expand(len(known), -1, -1, -1), known], dim=1)
 
@@ -264,10 +292,7 @@ def _rows(values: Tensor, count: int) -> Tensor:
 
 def _checked(model: StableDiffusion, conds: Conditions) -> Conditions:
     """The conditions, where the network needs no picture; errors as `StableDiffusion.check_pictures`."""
-    for stage in conds.stages:
-        for cond in stage.conds.values():
-            model.check_pictures(cond)
-    return conds
+    return conds.each(lambda cond: (model.check_pictures(cond), cond)[1])
 
 
 def _same_for_all(conds: Mapping[str, Conditioning], concat: Tensor) -> dict[str, Conditioning]:

@@ -20,8 +20,13 @@ from sfumato.model import StableDiffusion
 from sfumato.request import Request
 
 ADDON_FOLDERS = {"loras": "lora_dir", "embeddings": "embedding_dir"}
-PICTURES = ("init", "mask")
-BESIDE = ("weak_model", "classifier")  # fields that are models, by path or loaded
+PICTURES = ("init", "mask", "region_masks")
+BESIDE = (
+    "weak_model",
+    "classifier",
+    "image_encoder",
+    "hires_network",
+)  # fields that are models, by path or loaded
 
 
 def parameters(
@@ -39,7 +44,7 @@ def parameters(
     for name, field in Request.model_fields.items():
         value = getattr(request, name)
         asked = field.json_schema_extra is None or value != field.default
-        if asked and name not in ("num_images", "seed", "start_noise", *PICTURES, *BESIDE):
+        if asked and name not in ("num_images", "seed", "start_noise", *PICTURES, *BESIDE, "control"):
             common[name] = value
     for name in BESIDE:
         if (given := getattr(request, name)) is not None:
@@ -49,6 +54,8 @@ def parameters(
     for name in PICTURES:
         if (given := getattr(request, name)) is not None:
             common[f"{name}_sha256"] = picture_digest(given)
+    if notes.controls is not None and notes.controls.told:
+        common |= {"control_sha256": notes.controls.digest, "controls": list(notes.controls.told)}
     if request.init is not None:
         common["steps_run"] = notes.steps
     for name, used in (addons or {}).items():
@@ -95,7 +102,12 @@ def noise_digest(given: Any) -> str:
 
 
 def picture_digest(given: Any) -> str:
-    """sha256 of pixels as they are taken from one given picture or several; errors as `open_picture`."""
+    """sha256 of pixels as they are taken from one given picture or several, or of latents.
+
+    Errors as `open_picture`.
+    """
+    if isinstance(given, torch.Tensor):  # latents
+        return noise_digest(given)
     total = hashlib.sha256()
     for one in given if isinstance(given, tuple) else (given,):
         picture = open_picture(one)
@@ -117,5 +129,5 @@ def _beside(name: str, given: Any) -> dict[str, Any]:
         path = Path(given)
         return {name: given} | ({f"{name}_digest": sha256(path)} if path.is_file() else {})
     digest = getattr(given, "digest", None)
-    told = getattr(given, "description", given).name
+    told = str(getattr(getattr(given, "description", given), "name", type(given).__name__))
     return {name: told} | ({f"{name}_digest": digest} if isinstance(digest, str) else {})

@@ -19,16 +19,19 @@ from sfumato.conditioning import concatenate
 from sfumato.diffusion.noise import ImageNoise
 from sfumato.diffusion.samplers import Step, sampler
 from sfumato.generation.addons import applied, embeddings, loras
+from sfumato.generation.canvas import nearest_side
 from sfumato.generation.conditions import Conditions, Stage, conditions, encoded
+from sfumato.generation.controlling import NONE, controls
 from sfumato.generation.defaults import complete
 from sfumato.generation.guiding import NotFinite, Watch, denoiser
+from sfumato.generation.large import around, joined_edges
 from sfumato.generation.notes import Notes, not_finite
 from sfumato.generation.pictures import Start, start
 from sfumato.generation.recipe import addon_digests, parameters
 from sfumato.generation.stages import continued, plan
 from sfumato.generation.start import brownian, noise_config, start_noise
 from sfumato.generation.written import written
-from sfumato.model import StableDiffusion
+from sfumato.model import StableDiffusion, Tiles
 from sfumato.request import Request
 
 
@@ -75,12 +78,12 @@ def in_turn(model: StableDiffusion, request: Request, run: Callable[[Request, No
 
     Its recipes are those of the request as a whole.
     """
-    first, *others = plan(request)
+    first, *others = plan(request, nearest_side(model, 0))
     notes = Notes()
     result = run(first, notes)
     for stage in others:
         seconds = result.seconds
-        result = run(continued(stage, result.images), notes)
+        result = run(continued(stage, result.images, result.latents), notes)
         result = replace(result, seconds=seconds + result.seconds)
     if first is request:
         return result
@@ -96,7 +99,8 @@ def stream(model: StableDiffusion, request: Request, notes: Notes | None = None)
     told = Notes() if notes is None else notes
     request = complete(model, request)
     assert request.seed is not None
-    begin = told.start = start(model, request, told)
+    with joined_edges(model, request):
+        begin = told.start = start(model, request, told)
     told.steps = len(begin.plan.sigmas) - 1
     running = request.model_copy(update={"steps": max(1, told.steps)})
     prompts = written(running, told)
@@ -106,10 +110,12 @@ def stream(model: StableDiffusion, request: Request, notes: Notes | None = None)
     told.addons = addon_digests(addons, files)
     with applied(model, addons):
         conds = begin.conditioned(model, conditions(model, running, prompts, vectors, told))
+    shown = told.controls = controls(model, request, *begin.shown)
+    conds = shown.conditioned(conds, request.num_images)
     for text in told.warnings if notes is None else ():
         warnings.warn(text, stacklevel=2)
     seeds = [request.seed + index for index in range(request.num_images)]
-    return _with_loras(model, addons, _steps(model, request, conds, seeds, begin, told))
+    return _changed(model, request, addons, _steps(model, request, conds, seeds, begin, told))
 
 
 def draw(
@@ -137,7 +143,8 @@ def finish(model: StableDiffusion, request: Request, last: Step, notes: Notes, s
     started = time.perf_counter()
     assert notes.start is not None
     latents = notes.start.kept(final_latents(last))
-    samples = _decoded(model, request, latents, notes)
+    with joined_edges(model, request):
+        samples = _decoded(model, request, latents, notes)
     shown = notes.start.finished([images.preview(sample) for sample in samples])
     seconds += time.perf_counter() - started
     return Result(
@@ -174,7 +181,9 @@ def _steps(
             yield Step(0, 0.0, 0.0, x, x)
             return
         steps_noise = noise if row.noise == "fresh" else brownian(model, seeds, shape, sigmas, config)
-        watch = Watch(begin.denoiser(denoiser(model, request, conds, sigmas), initial))
+        watch = Watch(
+            begin.denoiser(denoiser(model, request, conds, sigmas, notes.controls or NONE), initial)
+        )
         yield from row(watch, x, sigmas, steps_noise, **options)
         watch.check()
 
@@ -194,9 +203,11 @@ def _steps(
     return finite()
 
 
-def _with_loras(model: StableDiffusion, addons: Sequence[Weighted], steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, with the weights changed from the first until the last, or until they are given up."""
-    with applied(model, addons):
+def _changed(
+    model: StableDiffusion, request: Request, addons: Sequence[Weighted], steps: Iterator[Step]
+) -> Iterator[Step]:
+    """The steps, with weights and edges changed from the first until the last, or until they are given up."""
+    with applied(model, addons), joined_edges(model, request):
         yield from steps
 
 
@@ -212,12 +223,13 @@ def final_latents(last: Step) -> Tensor:
 
 def _decoded(model: StableDiffusion, request: Request, latents: Tensor, notes: Notes) -> Tensor:
     parts = latents.split(1) if request.deterministic else [latents]
+    tiles = Tiles(request.tiled, around(request))
     decoded = []
     for part in parts:
-        samples = model.decode_latents(part)
+        samples = model.decode_latents(part, tiles)
         if not bool(torch.isfinite(samples).all()):
             notes.float32_retries.append("decoder")
-            samples = model.float32().decode_latents(part)
+            samples = model.float32().decode_latents(part, tiles)
             if not bool(torch.isfinite(samples).all()):
                 raise not_finite("the decoder", f"after step {request.steps}")
         decoded.append(samples)

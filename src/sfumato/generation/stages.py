@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 from PIL import Image, ImageChops, ImageFilter
+from torch import Tensor
 
 from sfumato import images
 from sfumato.errors import InputError
 from sfumato.generation.canvas import Box, as_tuple, margins
+from sfumato.generation.hires import passes, second
 from sfumato.generation.pictures import filled
 from sfumato.intake import open_picture
 from sfumato.request import MAX_SEED, Request
@@ -19,8 +21,15 @@ ALONG = 4  # windows side by side share one part of so many
 MARGINS = ("outpaint_left", "outpaint_top", "outpaint_right", "outpaint_bottom")
 
 
-def plan(request: Request) -> list[Request]:
-    """The drawings that a request from `complete` takes, in turn; `continued` joins them."""
+def plan(request: Request, multiple: int = 1) -> list[Request]:
+    """The drawings that a request from `complete` takes, in turn; `continued` joins them.
+
+    multiple: what the sides of a drawing must be multiples of.
+    """
+    if request.hires is not None:
+        if request.loopback > 1 or any(margins(request)):
+            raise InputError("hires and loopback or outpainting are asked for", "Do one after the other.")
+        return passes(request, multiple)
     if request.init is None or (request.loopback == 1 and not any(margins(request))):
         return [request]
     if request.loopback == 1:
@@ -40,8 +49,10 @@ def plan(request: Request) -> list[Request]:
     ]
 
 
-def continued(stage: Request, pictures: list[Image.Image]) -> Request:
-    """A drawing of `plan` that starts from the pictures of the one before."""
+def continued(stage: Request, pictures: list[Image.Image], latents: Tensor | None = None) -> Request:
+    """A drawing of `plan` that starts from the pictures, or latents, of the one before."""
+    if stage.hires is not None:
+        return second(stage, pictures, latents)
     return stage.model_copy(update={"init": tuple(pictures)})
 
 

@@ -28,7 +28,7 @@ def _anything(annotation: Any) -> bool:
 def _names_files(name: str, each: FieldInfo) -> bool:
     """Whether a field holds paths: it says that it is a folder, or takes what may be anything."""
     marked = any(getattr(mark, "func", None) is folder for mark in each.metadata)
-    return name == "lora" or marked or _anything(each.annotation)
+    return name in ("lora", "control") or marked or _anything(each.annotation)
 
 
 PATHS = frozenset(name for name, each in Request.model_fields.items() if _names_files(name, each))
@@ -39,7 +39,7 @@ PATHS = frozenset(name for name, each in Request.model_fields.items() if _names_
 ABOUT = frozenset({
     "model", "model_digest", "version", "device", "dtype", "float32_retries", "batch_size", "batch_index",
     "torch", "threads", "hardware", "picture_sha256", "tool_version", "loras", "embeddings", "Version",
-    "quality", "grid", "drawn_prompt", "drawn_negative_prompt", "steps_run",
+    "quality", "grid", "drawn_prompt", "drawn_negative_prompt", "steps_run", "controls",
 }) | {f"{name}_{kind}" for name in PATHS for kind in ("sha256", "digest")}  # fmt: skip
 
 

@@ -37,6 +37,10 @@ CAUSES = {
     "start_noise_sha256": "another start noise",
     "init_sha256": "another picture to start from",
     "mask_sha256": "another mask",
+    "region_masks_sha256": "other masks of regions",
+    "control_sha256": "another control",
+    "image_encoder_digest": "another image encoder",
+    "hires_network_digest": "another network that enlarges",
 }
 
 
@@ -104,9 +108,23 @@ def files_needed(recipe: Recipe, given: Collection[str]) -> dict[str, Any]:
             continue
         raise InputError(
             f"the picture was drawn with a file for {name}, {_short(named)!r}",
-            f"Give it with --{name.replace('_', '-')}.",
+            f"Give it with --{name.replace('_', '-')}{_as_written(values) if name == 'control' else ''}.",
         )
     return changes
+
+
+def _as_written(values: Mapping[str, Any]) -> str:
+    """The controls of a recipe as texts, without the files that a picture must not name."""
+    texts = []
+    for one in values.get("controls", ()):
+        if not isinstance(one, Mapping):
+            continue
+        given = {name: one[name] for name in ("weight", "start", "end", "mode", "resize") if name in one}
+        more = one.get("options")
+        given |= more if isinstance(more, Mapping) else {}
+        words = " ".join(f"{name}={value}" for name, value in given.items())
+        texts.append(printable(f' "{one.get("kind")}:PICTURE model=FILE {words}"'))
+    return ", and again with".join(texts)
 
 
 def check_model(recipe: Recipe, name: str, found: str | None, given: bool) -> list[str]:

@@ -16,6 +16,7 @@ from sfumato.diffusion.spacing import SPACINGS
 from sfumato.errors import InputError
 from sfumato.request import Request
 
+DENOISING = "Denoising strength"  # of a picture to start from, or of a second pass
 TEXT_FIELDS = {  # ours -> theirs, in the order they are written
     "steps": "Steps",
     "sampler": "Sampler",
@@ -32,7 +33,15 @@ TEXT_FIELDS = {  # ours -> theirs, in the order they are written
     "eta_seed_delta": "ENSD",
     "noise_source": "RNG",
     "eta": "Eta",
+    "hires": "Hires upscale",
+    "hires_upscaler": "Hires upscaler",
+    "hires_strength": DENOISING,
 }
+ENLARGERS = {  # ours -> theirs
+    "latent": "Latent", "latent-bilinear-antialiased": "Latent (antialiased)",
+    "latent-bicubic": "Latent (bicubic)", "latent-bicubic-antialiased": "Latent (bicubic antialiased)", "latent-nearest": "Latent (nearest)",
+    "latent-nearest-exact": "Latent (nearest-exact)", "lanczos": "Lanczos",
+}  # fmt: skip
 OPTION_FIELDS = {  # (field, option) -> theirs
     ("sampler_options", "s_churn"): "Sigma churn",
     ("sampler_options", "s_tmin"): "Sigma tmin",
@@ -111,6 +120,10 @@ def _written(ours: str, values: Mapping[str, Any]) -> Any:
     if ours in SIZES:
         width, height = (values.get(side) for side in SIZES[ours])
         return f"{width or 0}x{height or 0}" if width or height else None
+    if ours.startswith("hires") and not values.get("hires"):
+        return None
+    if ours == "hires_upscaler":
+        return ENLARGERS.get(str(value), value)
     if ours == "sampler":
         return title(value) if value in SAMPLERS else value
     if ours == "spacing":
@@ -142,6 +155,8 @@ def from_text(text: str) -> dict[str, Any]:
         values["negative_prompt"] = "\n".join(body[below:]).strip().removeprefix(NEGATIVE).strip()
     for name, value in found.items():
         _take(name, value, values)
+    if "hires" not in values and "hires_strength" in values:
+        values[DENOISING] = _number(values.pop("hires_strength"))
     _older(values, found)
     return values
 
@@ -197,6 +212,8 @@ def _take(name: str, value: Any, values: dict[str, Any]) -> None:
         _options(values, ours).update(read if isinstance(read, dict) else {})
     elif ours == "noise_source":
         values[ours] = {"cpu": "cpu", "nv": "philox", "gpu": "philox"}.get(str(value).lower(), value)
+    elif ours == "hires_upscaler":
+        values[ours] = next((mine for mine, theirs in ENLARGERS.items() if theirs == value), value)
     elif ours is not None:
         values[ours] = value if ours in TEXTS else _json(value)
     else:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue, ValidationError
@@ -77,7 +76,7 @@ class ControlFields(Fields):
         default=(),
         description="A picture that controls the drawing, as 'canny:photo.png model=FILE weight=0.8'; may be "
         "given several times. `sfumato preprocess --list` shows the kinds.",
-        json_schema_extra=CONTROL,
+        json_schema_extra=CONTROL | {"repeated": True},
     )
     control_dir: Annotated[str | None, BeforeValidator(folder)] = Field(
         default=None,
@@ -90,8 +89,3 @@ class ControlFields(Fields):
         description="CLIP's image tower, which IP-Adapters need: a file, folder or name on the hub.",
         json_schema_extra=CONTROL,
     )
-
-
-def named(given: Path | str | None) -> str:
-    """A file's name for people, without its folders."""
-    return "" if given is None else Path(given).name

@@ -9,12 +9,11 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
 from sfumato.request.drawing import MAX_SIDE
 from sfumato.request.picture import Given
-from sfumato.request.values import Fields, path_or_object, sampler_key
+from sfumato.request.values import Fields, path_or_object, sampler_key, upscaler_key
 
 LARGE: dict[str, JsonValue] = {"group": "Large pictures"}
 HIRES: dict[str, JsonValue] = {"group": "Second pass"}
 MASK = "mask"
-LATENT = "latent"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class LargeFields(Fields):
         default=(),
         description="A part of the picture with its own prompt, 'LEFT,TOP,WIDTH,HEIGHT: a tree' or "
         "'mask: a tree'; may be given several times.",
-        json_schema_extra=LARGE,
+        json_schema_extra=LARGE | {"repeated": True},
     )
     region_masks: Given | None = Field(
         default=None,
@@ -131,7 +130,7 @@ class LargeFields(Fields):
         description="Draw again this many times larger from the drawing, or from the picture to start from.",
         json_schema_extra=HIRES,
     )
-    hires_upscaler: str = Field(
+    hires_upscaler: Annotated[str, AfterValidator(upscaler_key)] = Field(
         default="lanczos",
         description="How it is enlarged: lanczos, own (the network that comes along), latent, "
         "latent-bicubic, latent-nearest-exact, ...",

@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
-from sfumato.errors import InputError
+from sfumato.errors import InputError, nearest
 
 Answer = TypeVar("Answer")
+PIXEL_UPSCALERS = ("own", "lanczos")
 Options = dict[str, float | str]
 
 
@@ -30,6 +31,15 @@ def spacing_key(name: str) -> str:
     from sfumato.diffusion.names import resolve_spacing
 
     return told(resolve_spacing, name)
+
+
+def upscaler_key(name: str) -> str:
+    from sfumato.diffusion.resize import LATENTS  # imports torch, as above
+
+    known = (*PIXEL_UPSCALERS, *LATENTS)
+    if name not in known:
+        raise ValueError(f"there is no upscaler {name!r}. {nearest(name, known)}")
+    return name
 
 
 def told(read: Callable[[str], Answer], text: str) -> Answer:
@@ -94,6 +104,9 @@ def pictures(value: Any) -> Any:
         return tuple(pictures(one) for one in value)
     if isinstance(value, str | Path):
         return Path(value)
-    if not isinstance(value, bytes) and not hasattr(value, "getexif"):  # which pictures of PIL alone have
+    latents = getattr(value, "ndim", 0) == 4  # (n, z, h, w): a tensor
+    if (
+        not latents and not isinstance(value, bytes) and not hasattr(value, "getexif")
+    ):  # as PIL's pictures have
         raise ValueError(f"{type(value).__name__} is neither a path nor a picture")
     return value
