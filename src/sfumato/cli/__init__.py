@@ -67,6 +67,9 @@ def application() -> App:
     app.command("sfumato.cli.replay:replay", name="replay", help="Draw a picture again by its recipe.")
     app.command("sfumato.cli.upscale:upscale", name="upscale", help="Make pictures larger.")
     app.command(
+        "sfumato.cli.morph:morph", name="morph", help="Draw a moving picture from one prompt to the next."
+    )
+    app.command(
         "sfumato.cli.preprocess:preprocess",
         name="preprocess",
         help="Make the picture that a control network is shown: edges, lines, tones.",

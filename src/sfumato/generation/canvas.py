@@ -15,6 +15,7 @@ from sfumato import images
 from sfumato.errors import InputError
 from sfumato.intake import open_mask, open_picture, picture_size
 from sfumato.model import StableDiffusion
+from sfumato.presets import concat_kind
 from sfumato.request import Request
 
 Box = tuple[int, int, int, int]
@@ -79,7 +80,7 @@ def drawing_size(model: StableDiffusion, request: Request) -> tuple[int, int]:
 
     With a picture it is the picture's own, as near as the model can draw; where that is more than four times
     the model's pixels, or less than a quarter, the picture's shape at the model's pixels. Where only a part
-    is drawn, it is the model's own size.
+    is drawn, it is the model's own size. Models that enlarge pictures draw a latent for each pixel.
     """
     own = (model.image_size[-1], model.image_size[-2] if len(model.image_size) > 1 else 1)
     wanted = (request.width, request.height)
@@ -88,6 +89,8 @@ def drawing_size(model: StableDiffusion, request: Request) -> tuple[int, int]:
     width, height = picture_size(as_tuple(request.init)[0])
     share = width * height / (own[0] * own[1])
     scale = 1.0 if 1 / AREAS <= share <= AREAS else share**-0.5
+    if concat_kind(model.config) == "enlarges":
+        scale = float(model.downsampling)
     if wanted[0] is not None or wanted[1] is not None:
         scale = wanted[0] / width if wanted[0] is not None else cast(int, wanted[1]) / height
     return (

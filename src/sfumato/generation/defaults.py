@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from sfumato.diffusion.samplers import SAMPLERS
 from sfumato.errors import InputError
 from sfumato.generation.canvas import drawing_size, margins
-from sfumato.generation.pictures import kind_of
+from sfumato.generation.concat import kind_of
 from sfumato.model import StableDiffusion
+from sfumato.presets import noise_levels
 from sfumato.request import Request, input_error
 
 DEFAULTS: Mapping[str, Any] = {  # where neither the request nor the model says
@@ -22,6 +23,7 @@ DEFAULTS: Mapping[str, Any] = {  # where neither the request nor the model says
 }
 STRENGTH = 0.75  # Stable Diffusion v1, scripts/img2img.py --strength
 IMAGE_GUIDANCE = 1.5  # Brooks et al. 2023, appendix A.4
+NOISE_LEVEL = 20  # Stable Diffusion's x4 upscaler, scripts/gradio/superresolution.py
 
 
 def complete(model: StableDiffusion, request: Request) -> Request:
@@ -62,18 +64,23 @@ def complete(model: StableDiffusion, request: Request) -> Request:
 
 
 def _picture_choices(model: StableDiffusion, request: Request) -> dict[str, Any]:
-    """How far to go from a picture; `InputError` for a guidance by it that the model does not know."""
+    """How far to go from a picture; `InputError` for what else of it the model does not read."""
     kind = kind_of(model)
     if kind != "edits" and request.image_guidance is not None:
         raise InputError(
             f"image_guidance is {request.image_guidance:g}; {model.name!r} does not read it", "Leave it out."
         )
+    levels = noise_levels(model.config)
+    if request.noise_level is not None and not request.noise_level < (levels or 0):
+        most = "does not read it" if levels is None else f"knows 0 to {levels - 1}"
+        raise InputError(f"noise_level is {request.noise_level}; {model.name!r} {most}", "Leave it out.")
     if request.init is None:
         return {}
     anew = kind is not None or any(margins(request))
     return {
         "strength": 1.0 if anew else STRENGTH,
         **({"image_guidance": IMAGE_GUIDANCE} if kind == "edits" else {}),
+        **({} if levels is None else {"noise_level": min(NOISE_LEVEL, levels - 1)}),
     }
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from sfumato.checkpoints.upscaler import Upscaler, load_upscaler
+from sfumato.checkpoints.upscaler import Upscaler
 from sfumato.diffusion.resize import LATENTS, resize_latents
 from sfumato.errors import InputError
 from sfumato.generation.canvas import as_tuple
 from sfumato.intake import open_picture
 from sfumato.request import Request
 from sfumato.request.large import RegionText, read_region
-from sfumato.upscale import enlarge
+from sfumato.upscale import enlarge, find_upscaler
 
 
 def passes(request: Request, multiple: int) -> list[Request]:
@@ -69,18 +67,8 @@ def second(request: Request, pictures: list[Image.Image], latents: Tensor | None
 
 
 def _network(given: Any, name: str) -> Upscaler | None:
-    if given is None:
-        return None if name == "lanczos" else _kept(None, 0)
-    if not isinstance(given, str):
-        return given
-    path = Path(given)
-    return _kept(path, path.stat().st_mtime_ns if path.exists() else 0)
-
-
-@lru_cache(maxsize=2)
-def _kept(path: Path | None, _: int) -> Upscaler:
-    assert path is not None
-    return load_upscaler(path)
+    """The network that enlarges; None for Lanczos' filter."""
+    return given if isinstance(given, Upscaler) else find_upscaler(name if given is None else given)
 
 
 def _moved(text: str, wide: float, high: float) -> str:

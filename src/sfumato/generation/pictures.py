@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 import torch
@@ -18,6 +18,7 @@ from sfumato.diffusion.prediction import GuidedDenoiser
 from sfumato.diffusion.spacing import Spacing
 from sfumato.errors import InputError
 from sfumato.generation.canvas import Box, Canvas, canvas, is_part, mode, resized_mask, scaled
+from sfumato.generation.concat import checked, further, joined, kind_of
 from sfumato.generation.conditions import Conditions
 from sfumato.generation.large import around
 from sfumato.generation.levels import levels
@@ -80,7 +81,7 @@ class FromNoise:
         return denoise
 
     def conditioned(self, model: StableDiffusion, conds: Conditions) -> Conditions:
-        return _checked(model, conds)
+        return checked(model, conds)
 
     def kept(self, latents: Tensor) -> Tensor:
         return latents
@@ -94,7 +95,7 @@ class FromPictures:
     """The start of a run from pictures.
 
     latents: (n, c, h, w) scaled, of the pictures. mask: (1, 1, h, w), 1 where is drawn, or None. concat: what
-    the network's further input channels show, (n, c, h, w).
+    the network is shown of the pictures, for each of those that are drawn.
     """
 
     plan: Spacing
@@ -102,7 +103,7 @@ class FromPictures:
     canvas: Canvas
     latents: Tensor
     mask: Tensor | None
-    concat: Tensor | None
+    concat: Conditioning | None
     downsampling: int
 
     @property
@@ -130,11 +131,7 @@ class FromPictures:
         )
 
     def conditioned(self, model: StableDiffusion, conds: Conditions) -> Conditions:
-        concat = self.concat
-        if concat is None:
-            return _checked(model, conds)
-        joined = _edit_branches if kind_of(model) == "edits" else _same_for_all
-        return conds.map(lambda branches: joined(branches, concat))
+        return checked(model, conds) if self.concat is None else joined(model, conds, self.concat)
 
     def kept(self, latents: Tensor) -> Tensor:
         """What is known is free of the noise that a run leaves which ends above 0."""
@@ -194,28 +191,20 @@ def start(model: StableDiffusion, request: Request, notes: Notes) -> Start:
     pictures = images.to_tensor(place.parts, mode(model))
     if mask is not None and request.mask_content == "fill":
         pictures = filled(pictures, mask)
-    if request.resize == "latent" and place.box == (0, 0, *place.size):
+    if kind_of(model) == "enlarges" and request.strength == 1:  # no latents are looked at
+        latents = torch.zeros(1, *model.latent_shape(place.size[1], place.size[0]), device=model.device)
+    elif request.resize == "latent" and place.box == (0, 0, *place.size):
         latents = _stretched_latents(model, request, place, notes)
     else:
         latents = encoded(model, request, pictures, notes)
-    concat = _concat(model, request, place, latents, notes)
+    concat = further(model, request, place, latents, lambda shown: encoded(model, request, shown, notes))
     small = None
     if mask is not None:
         small = resized_mask(mask, tuple(latents.shape[2:])).to(model.device)
         small = small if request.soft_mask else (small >= 0.5).float()
     count = request.num_images
-    latents, concat = (None if each is None else _rows(each, count) for each in (latents, concat))
-    assert latents is not None
+    latents, concat = _rows(latents, count), concat and concat.map(lambda values: _rows(values, count))
     return FromPictures(plan, request, place, latents, small, concat, model.downsampling)
-
-
-def kind_of(model: StableDiffusion) -> str | None:
-    """What the network's further channels show: "inpaints" mask and picture, "edits" a picture; or None."""
-    unet = model.config.unet
-    assert unet is not None
-    return {1 + unet.out_channels: "inpaints", unet.out_channels: "edits"}.get(
-        unet.in_channels - unet.out_channels
-    )
 
 
 def filled(pictures: Tensor, mask: Tensor) -> Tensor:
@@ -265,47 +254,8 @@ def _stretched_latents(model: StableDiffusion, request: Request, place: Canvas, 
     return F.interpolate(latents, shape, mode="bilinear", antialias=True)
 
 
-def _concat(
-    model: StableDiffusion, request: Request, place: Canvas, latents: Tensor, notes: Notes
-) -> Tensor | None:
-    """The network's further channels.
-
-    Of models for inpainting the mask and the latents of the picture without what it masks, in the order of
-    Stable Diffusion's; of models for editing the picture's latents, unscaled (Brooks et al. 2023).
-    """
-    kind = kind_of(model)
-    if kind == "edits":
-        return latents / model.latent_scale
-    if kind != "inpaints":
-        return None
-    mask = place.drawn_mask
-    mask = torch.ones(1, 1, *place.size[::-1]) if mask is None else (mask >= 0.5).float()
-    shown = images.to_tensor(place.parts, mode(model)) * (1 - mask)  # grey where it is masked
-    known = encoded(model, request, shown, notes)
-    small = resized_mask(mask, tuple(known.shape[2:])).to(known)
-    return torch.cat([small.expand(len(known), -1, -1, -1), known], dim=1)
-
-
 def _rows(values: Tensor, count: int) -> Tensor:
     return values if len(values) == count else values.expand(count, *values.shape[1:])
-
-
-def _checked(model: StableDiffusion, conds: Conditions) -> Conditions:
-    """The conditions, where the network needs no picture; errors as `StableDiffusion.check_pictures`."""
-    return conds.each(lambda cond: (model.check_pictures(cond), cond)[1])
-
-
-def _same_for_all(conds: Mapping[str, Conditioning], concat: Tensor) -> dict[str, Conditioning]:
-    return {name: replace(cond, concat=concat) for name, cond in conds.items()}
-
-
-def _edit_branches(conds: Mapping[str, Conditioning], concat: Tensor) -> dict[str, Conditioning]:
-    """The branches of two guidances: picture and text, the picture alone ("image"), neither ("uncond")."""
-    empty = torch.zeros_like(concat)
-    joined = {
-        name: replace(cond, concat=empty if name == "uncond" else concat) for name, cond in conds.items()
-    }
-    return joined | {"image": replace(conds["uncond"], concat=concat)}
 
 
 def _filled(sums: Tensor, weights: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sfumato import images
 from sfumato.checkpoints.addons import Weighted
-from sfumato.conditioning import concatenate
+from sfumato.conditioning import Conditioning, concatenate
 from sfumato.diffusion.noise import ImageNoise
 from sfumato.diffusion.samplers import Step, sampler
 from sfumato.generation.addons import applied, embeddings, loras
@@ -131,9 +131,21 @@ def draw(
     request = complete(model, (request or Request()).model_copy(update=asked))
     rows = [encoded(model, request, prompt, notes) for prompt in prompts]
     negative = encoded(model, request, None, notes).repeat(len(prompts))
+    conds = {"cond": concatenate(rows), "uncond": negative}
+    return conditioned_samples(model, request, conds, seeds, notes)
+
+
+def conditioned_samples(
+    model: StableDiffusion,
+    request: Request,
+    conds: Mapping[str, Conditioning],
+    seeds: Sequence[int],
+    notes: Notes,
+) -> Tensor:
+    """Samples (n, c, ...), about -1..1, under conditions of a row for each seed; request: from `complete`."""
     assert request.steps is not None
-    conds = Conditions((Stage(request.steps, {"cond": concatenate(rows), "uncond": negative}),))
-    *_, last = _steps(model, request, conds, seeds, start(model, request, notes), notes)
+    stages = Conditions((Stage(request.steps, conds),))
+    *_, last = _steps(model, request, stages, seeds, start(model, request, notes), notes)
     return _decoded(model, request, final_latents(last), notes)
 
 

@@ -132,7 +132,7 @@ class LargeFields(Fields):
     )
     hires_upscaler: Annotated[str, AfterValidator(upscaler_key)] = Field(
         default="lanczos",
-        description="How it is enlarged: lanczos, own (the network that comes along), latent, "
+        description="How it is enlarged: lanczos, illustrations (the network that comes along), latent, "
         "latent-bicubic, latent-nearest-exact, ...",
         json_schema_extra=HIRES,
     )

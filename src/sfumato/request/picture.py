@@ -149,3 +149,11 @@ class PictureFields(Fields):
         description="How closely models that edit by instructions keep to the picture; 1.5 is usual.",
         json_schema_extra=PICTURE,
     )
+    noise_level: int | None = Field(
+        default=None,
+        ge=0,
+        le=350,
+        description="Noise in the picture that Stable Diffusion's upscaler enlarges; 20 if not given, more "
+        "lets it invent more.",
+        json_schema_extra=PICTURE,
+    )

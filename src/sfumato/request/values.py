@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from sfumato.errors import InputError, nearest
 
 Answer = TypeVar("Answer")
-PIXEL_UPSCALERS = ("own", "lanczos")
+PIXEL_UPSCALERS = ("illustrations", "lanczos")
 Options = dict[str, float | str]
 
 
