@@ -84,8 +84,8 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_a_video_plays_its_frames(tmp_path: Path) -> None:
     av = pytest.importorskip("av")
     odd = frames(count=5, size=(25, 17))
-    write_animation(odd, tmp_path / "a.avi", milliseconds=40, back_and_forth=True, quality=100)
-    with av.open(str(tmp_path / "a.avi")) as container:
+    write_animation(odd, tmp_path / "a.mp4", milliseconds=40, back_and_forth=True, quality=100)
+    with av.open(str(tmp_path / "a.mp4")) as container:
         stream = container.streams.video[0]
         found = [frame.to_ndarray(format="rgb24") for frame in container.decode(stream)]
         assert (stream.width, stream.height, float(stream.average_rate)) == (26, 18, 25)
