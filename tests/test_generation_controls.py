@@ -194,6 +194,11 @@ def test_t2i_and_ip_adapters(tiny_model: StableDiffusion) -> None:
     assert difference(plain, seen) > 1e-5
     assert torch.equal(plain, drawn(tiny_model, of(prompter, weight=0), image_encoder=eye))
     assert difference(seen, drawn(tiny_model, of(prompter), of(adapter), image_encoder=eye)) > 1e-4
+    large: dict[str, Any] = {"width": 32, "window": 16}
+    in_windows = drawn(tiny_model, of(prompter), image_encoder=eye, **large)
+    assert difference(in_windows, drawn(tiny_model, **large)) > 1e-5  # tokens are for every window
+    with pytest.raises(InputError, match="Leave T2I-Adapters out"):
+        drawn(tiny_model, of(adapter), **large)
     with pytest.raises(InputError, match="no image encoder"):
         drawn(tiny_model, of(prompter))
 

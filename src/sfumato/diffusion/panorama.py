@@ -191,11 +191,20 @@ class Mixture:
 def cropped(cond: Conditioning, window: Window, size: tuple[int, int]) -> Conditioning:
     """The conditions of a window: what lies at the sample's places (`concat`, `hints`) is cut out.
 
-    Pictures `k` times as large as the sample, as control networks take, are cut at `k` times its places.
+    Pictures `k` times as large as the sample, as control networks take, are cut at `k` times its places;
+    tokens, (b, n, width), stay as they are. Raises InputError for maps of other sizes.
     """
 
     def cut(values: Tensor) -> Tensor:
+        if values.ndim != 4:
+            return values
         scale = values.shape[-1] // size[1]
+        if scale < 1 or tuple(values.shape[2:]) != (scale * size[0], scale * size[1]):
+            raise InputError(
+                f"a map of {values.shape[-1]}x{values.shape[-2]} cannot be cut for windows of a sample of "
+                f"{size[1]}x{size[0]}",
+                "Leave T2I-Adapters out of large pictures: their features are those of the whole.",
+            )
         large = Window(*(scale * side for side in (window.top, window.left, window.height, window.width)))
         rows, columns = large.places(scale * size[0], scale * size[1])
         return values[:, :, rows, columns]
