@@ -56,6 +56,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "generation": (*INNER, "generation"),
     "upscale": ("checkpoints.upscaler", "nn.tiles"),
     "morph": ("checkpoints.files",),
+    "doctor": INNER,
     "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
     "data": (*INNER, "data"),
     "preprocess": ("preprocess",),
@@ -68,6 +69,7 @@ RULES: dict[str, tuple[str, ...]] = {
         "charts",
         "recipes",
         "morph",
+        "doctor",
         "cli",
     ),
     "__main__": ("cli",),

@@ -85,6 +85,7 @@ def application() -> App:
         name="convert",
         help="Write a model in another layout or number format.",
     )
+    app.command("sfumato.cli.doctor:doctor", name="doctor", help="Find what is wrong with a model.")
     app.command("sfumato.cli.prompt:prompt", name="prompt", help="Show what a prompt means, step by step.")
     app.command(
         "sfumato.cli.samplers:samplers",
