@@ -103,6 +103,11 @@ def application() -> App:
         name="samplers",
         help="Draw how fast samplers converge on a model.",
     )
+    plot.command(
+        "sfumato.cli.plot_training:plot_training",
+        name="training",
+        help="Draw losses, scores and speed of training runs.",
+    )
     app.command(plot)
     data = App(name="data", help="Make training data.")
     build = App(name="build", help="Build a set of captioned pictures.")
