@@ -13,7 +13,17 @@ from PIL import Image
 from sfumato.cli import main
 from sfumato.errors import InputError
 from sfumato.training.board import Board
-from sfumato.training.curves import BIN, CHARTS, HEIGHT, MOST, _lines, _thinned, curves, draw_curves, read_metrics
+from sfumato.training.curves import (
+    BIN,
+    CHARTS,
+    HEIGHT,
+    MOST,
+    _lines,
+    _thinned,
+    curves,
+    draw_curves,
+    read_metrics,
+)
 
 
 def run(folder: Path, lines: int = 30, **more: float) -> Path:
