@@ -32,6 +32,7 @@ UNETS = {
     "sd2-base": 865_910_724,
     "sd2": 865_910_724,
     "sd2-inpaint": 865_925_124,
+    "sd-x4-upscaler": 473_398_020,
     "sdxl": 2_567_463_684,
     "ldm-unconditional": 274_056_163,
     "ldm-churches": 294_966_916,
@@ -63,6 +64,7 @@ def test_parameters_of_the_others() -> None:
         for name, config in AUTOENCODERS.items()
     }
     assert counts["kl-f8"] == 83_653_863
+    assert counts["kl-f4-z4"] == 55_325_927
     assert counts["vq-f4"] == 55_322_782  # the released vq-f4: 55.32 M
 
 

@@ -57,7 +57,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "upscale": ("checkpoints.upscaler", "nn.tiles"),
     "morph": ("checkpoints.files",),
     "doctor": INNER,
-    "training": (*INNER, "generation", "training", "data.pictures"),  # reads what `data` wrote
+    "training": (*INNER, "generation", "training", "data.pictures", "charts"),  # reads what `data` wrote
     "data": (*INNER, "data"),
     "preprocess": ("preprocess",),
     "compat": (*INNER, "generation", "compat"),

@@ -114,7 +114,7 @@ class Unloaded(Mapping[str, nn.Module]):
 
 ATTRIBUTES = {
     "unet": "unet", "autoencoder": "autoencoder", "text": "text_encoder", "text2": "text_encoder2",
-    "bert": "bert", "classes": "classes",
+    "bert": "bert", "classes": "classes", "preview": "preview_decoder",
 }  # fmt: skip
 
 

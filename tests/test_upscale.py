@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
-from sfumato.checkpoints.upscaler import Upscaler
-from sfumato.errors import InputError, NumericalError
+from sfumato.checkpoints.upscaler import Upscaler, load_upscaler, save_upscaler
+from sfumato.errors import CheckpointError, InputError, NumericalError
 from sfumato.nn.esrgan import CompactConfig, CompactNet, RRDBConfig, RRDBNet
-from sfumato.upscale import enlarge, upscaled
+from sfumato.upscale import EMBEDDED, ILLUSTRATIONS, LANCZOS, enlarge, find_upscaler, upscaled
 
 
 def compact(scale: int = 2, channels: int = 3) -> Upscaler:
@@ -70,6 +72,20 @@ def test_scales_between_and_beyond_the_networks() -> None:
     assert enlarge(image, None).size == (40, 24)
 
 
+@pytest.mark.parametrize("to", [(37, 19), (10, 6), (11, 60), (3, 2)])
+def test_a_size_is_filled_whatever_its_shape(to: tuple[int, int]) -> None:
+    for upscaler in (compact(), None):
+        assert enlarge(picture(10, 6), upscaler, to).size == to
+
+
+def test_what_a_network_made_too_large_is_averaged() -> None:
+    image, upscaler = picture(12, 8), compact(scale=4)
+    large = enlarge(image, upscaler)
+    apart = np.asarray(enlarge(image, upscaler, 2), np.int64) - np.asarray(large.reduce(2), np.int64)
+    assert abs(apart).max() <= 1  # which round otherwise
+    assert enlarge(image, upscaler, 1).tobytes() == image.tobytes()  # nothing to enlarge
+
+
 def test_a_flat_picture_stays_near_what_it_was() -> None:
     network = CompactNet(CompactConfig(num_features=4, num_convs=1, scale=2)).eval()
     nn.init.zeros_(network.state_dict()["body.4.weight"])
@@ -99,7 +115,7 @@ def test_progress_counts_rows_to_the_end() -> None:
 
 
 def test_what_cannot_be_enlarged_is_refused() -> None:
-    for scale in (0.0, -1.0, 65.0, float("nan")):
+    for scale in (0.0, -1.0, 65.0, float("nan"), float("inf"), (0, 0), (8, 4000)):
         with pytest.raises(InputError, match="the scale is"):
             enlarge(picture(4, 4), None, scale)
     with pytest.raises(InputError, match="at most"):
@@ -111,3 +127,92 @@ def test_what_cannot_be_enlarged_is_refused() -> None:
         broken.network.state_dict()["body.6.bias"].fill_(float("inf"))
     with pytest.raises(NumericalError, match="left the finite"):
         enlarge(picture(4, 4), broken)
+
+
+def test_upscalers_by_name_and_file(tmp_path: Path) -> None:
+    image, path = picture(9, 7), tmp_path / "small.safetensors"
+    network = compact()
+    assert isinstance(network.network, CompactNet)
+    save_upscaler(path, network.network, "small", "by nobody")
+    assert find_upscaler(LANCZOS) is None
+    found = find_upscaler(path)
+    assert found is not None and (found.name, found.notices, found.scale) == ("small", "by nobody", 2)
+    assert find_upscaler(str(path)) is found  # loaded once
+    assert enlarge(image, path).tobytes() == enlarge(image, found).tobytes()
+    assert enlarge(image, LANCZOS, 2).tobytes() == image.resize((18, 14), Image.Resampling.LANCZOS).tobytes()
+    save_upscaler(path, compact(scale=3).network, "larger")
+    assert enlarge(image, path).size == (27, 21)  # the file is another now
+
+
+def test_names_of_nothing_are_refused_with_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no upscaler 'illustration'") as caught:
+        enlarge(picture(4, 4), "illustration")
+    assert ILLUSTRATIONS in str(caught.value.hint)
+    with pytest.raises(CheckpointError, match="cannot open"):
+        find_upscaler(tmp_path / "absent.pth")
+    with pytest.raises(CheckpointError):
+        find_upscaler(tmp_path)
+
+
+def test_weights_that_half_precision_cannot_hold_are_not_written(tmp_path: Path) -> None:
+    network = compact().network
+    with torch.no_grad():
+        network.state_dict()["body.0.weight"].fill_(1e6)
+    with pytest.raises(NumericalError, match=r"body\.0\.weight"):
+        save_upscaler(tmp_path / "a.safetensors", network, "a")
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def drawing(side: int) -> Image.Image:
+    """Discs and a bar on a plain ground, as smooth at every size as a drawing is that was rendered at it."""
+    fine = side * 4
+    rows, columns = (np.mgrid[:fine, :fine] + 0.5) / fine
+    values = np.full((fine, fine, 3), (80.0, 150.0, 230.0))
+    for x, y, radius, colour in ((0.4, 0.5, 0.27, (240, 90, 60)), (0.42, 0.46, 0.12, (255, 220, 90))):
+        values[(columns - x) ** 2 + (rows - y) ** 2 < radius**2] = colour
+    values[(abs(rows - columns * 0.7 - 0.2) < 0.03) & (columns > 0.6)] = (30, 30, 40)
+    mean = values.reshape(side, 4, side, 4, 3).mean(axis=(1, 3))
+    return Image.fromarray(mean.round().astype(np.uint8))
+
+
+def square_error(given: Image.Image, wanted: Image.Image) -> float:
+    return float(np.square(np.asarray(given, np.float64) - np.asarray(wanted, np.float64)).mean())
+
+
+def test_our_network_draws_outlines_anew() -> None:
+    small, large = drawing(64), drawing(256)
+    ours, lanczos = enlarge(small), enlarge(small, LANCZOS)
+    assert ours.size == large.size
+    assert square_error(ours, large) < 0.75 * square_error(lanczos, large)
+    # No rims: what lies beside an outline keeps its colour, where a sharp filter swings.
+    low, high = np.asarray(large).min(axis=(0, 1)), np.asarray(large).max(axis=(0, 1))
+    beyond = [
+        np.maximum(low - np.asarray(image, np.int64), np.asarray(image, np.int64) - high).clip(0).max()
+        for image in (ours, lanczos)
+    ]
+    assert beyond[0] < beyond[1]
+
+
+def test_our_network_leaves_plain_grounds_alone() -> None:
+    for colour in ((255, 255, 255), (0, 0, 0), (80, 150, 230)):
+        apart = abs(np.asarray(enlarge(Image.new("RGB", (32, 32), colour)), np.int64) - colour)
+        assert apart[16:-16, 16:-16].max() <= 2 and apart.max() <= 8  # at the picture's own edge it sees less
+
+
+def test_our_network_sharpens_the_edge_of_transparency() -> None:
+    cut = Image.new("RGBA", (48, 48), (200, 60, 60, 0))
+    alpha = np.asarray(drawing(48).convert("L"))
+    mask = Image.fromarray(np.where(alpha > 140, 255, 0).astype(np.uint8))
+    cut.putalpha(mask)
+    between = [
+        int(((values > 16) & (values < 239)).sum())
+        for values in (np.asarray(enlarge(cut, name).getchannel("A")) for name in (ILLUSTRATIONS, LANCZOS))
+    ]
+    assert between[0] < between[1]
+
+
+def test_our_network_says_whose_work_is_in_it() -> None:
+    ours = load_upscaler(EMBEDDED)
+    assert (ours.name, ours.scale, ours.channels) == ("illustrations", 4, 3)
+    assert all(word in ours.notices for word in ("Noto", "Twemoji", "Fluent"))
+    assert EMBEDDED.stat().st_size < 1_500_000

@@ -16,6 +16,7 @@ from sfumato.text.tokenizer import clip_json
 
 SD_SCALE = 0.18215  # latent std: LDM appendix G
 SDXL_SCALE = 0.13025  # sd_xl_base.yaml, scale_factor
+X4_SCALE = 0.08333  # x4-upscaling.yaml, scale_factor
 ZOO_SCHEDULE = ScheduleConfig(beta_start=0.0015, beta_end=0.0195)  # linear_start, linear_end of its configs
 
 # Autoencoders: models/first_stage_models/*/config.yaml of CompVis/latent-diffusion; SD's is kl-f8.
@@ -26,6 +27,7 @@ _VQ_F8 = replace(
 _KL_F16 = AutoencoderConfig(z_channels=16, embed_dim=16, ch_mult=(1, 1, 2, 2, 4), attn_resolutions=(16,))
 AUTOENCODERS: Mapping[str, AutoencoderConfig] = {
     "kl-f4": AutoencoderConfig(z_channels=3, embed_dim=3, ch_mult=(1, 2, 4)),
+    "kl-f4-z4": AutoencoderConfig(ch_mult=(1, 2, 4)),  # Stable Diffusion's x4 upscaler
     "kl-f8": AutoencoderConfig(),
     "kl-f16": _KL_F16,
     "kl-f32": replace(
@@ -58,7 +60,8 @@ OPENCLIP_BIGG = CLIPTextConfig(
     pad_token_id=0,
 )
 
-# U-Nets: v1-inference.yaml, v2-inference.yaml, sd_xl_base.yaml, and models/ldm/*/config.yaml of the zoo.
+# U-Nets: v1-inference.yaml, v2-inference.yaml, x4-upscaling.yaml, sd_xl_base.yaml, and the zoo's
+# models/ldm/*/config.yaml.
 _SD1 = UNetConfig(
     in_channels=4,
     out_channels=4,
@@ -72,6 +75,17 @@ _SD1 = UNetConfig(
     legacy=False,
 )
 _SD2 = replace(_SD1, num_heads=-1, num_head_channels=64, context_dim=1024, use_linear_in_transformer=True)
+_X4 = replace(  # sample and small picture; told how noisy that is
+    _SD2,
+    in_channels=7,
+    model_channels=256,
+    attention_resolutions=(2, 4, 8),
+    channel_mult=(1, 2, 2, 4),
+    num_heads=8,
+    num_head_channels=-1,
+    num_classes=1000,
+    disable_self_attentions=(True, True, True, False),
+)
 _SDXL = replace(
     _SD2,
     channel_mult=(1, 2, 4),
@@ -148,6 +162,16 @@ _MODELS = (
     _SD2_MODEL,
     replace(_SD2_MODEL, name="sd2-inpaint", unet=replace(_SD2, in_channels=9)),
     replace(_SD2_MODEL, name="sd2", prediction="v", image_size=(768, 768)),
+    replace(
+        _SD2_MODEL,
+        name="sd-x4-upscaler",
+        unet=_X4,
+        autoencoder=AUTOENCODERS["kl-f4-z4"],
+        schedule=ScheduleConfig(beta_start=0.0001, beta_end=0.02),
+        prediction="v",
+        latent_scale=X4_SCALE,
+        defaults={"guidance": 9.0},  # its model card
+    ),
     replace(
         _SD1_MODEL,
         name="sdxl",

@@ -60,8 +60,8 @@ def open_picture(given: Given, limits: Limits = LIMITS) -> Image.Image:
     are left out. `InputError` for what is missing, damaged, larger than `limits` or no picture.
     """
     with _opened(given, limits) as image:
+        image.load()  # before its EXIF is asked for, which may lie behind the pixels
         place = UPRIGHT.get(_orientation(image))
-        image.load()
         plain = _plain(image)
     return plain if place is None else plain.transpose(place)
 

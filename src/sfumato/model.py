@@ -22,6 +22,7 @@ from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.classes import ClassEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
+from sfumato.nn.preview import PreviewDecoder
 from sfumato.nn.tiled import decode_tiled, encode_tiled
 from sfumato.nn.unet import Patch, UNet, UNetConfig
 from sfumato.nn.vq import VQModel
@@ -51,9 +52,10 @@ class StableDiffusion(Conditioned):
 
     modules: the networks by name ("unet", "autoencoder", "text", "text2", "bert", "classes", "preview"), a
     mapping that may build a part when it is asked for it; here only its names are read. Without an
-    autoencoder it draws pixels. `latent_scale` multiplies latents on their way into the U-Net; `defaults` are the request fields
-    the model draws best with; `digest` is the sha256 of the file it came from, or finds it out when first
-    asked; None for a model built in memory. Raises `InputError` for parts that do not fit together.
+    autoencoder it draws pixels. `latent_scale` multiplies latents on their way into the U-Net; `defaults` are
+    the request fields the model draws best with; `digest` is the sha256 of the file it came from, or finds it
+    out when first asked; None for a model built in memory. Raises `InputError` for parts that do not fit
+    together.
     """
 
     def __init__(
@@ -108,6 +110,11 @@ class StableDiffusion(Conditioned):
     def autoencoder(self) -> AutoencoderKL | VQModel | None:
         """The first stage, None in pixel space."""
         return cast(AutoencoderKL | VQModel | None, self.part("autoencoder"))
+
+    @property
+    def preview_decoder(self) -> PreviewDecoder | None:
+        """The tiny decoder that `preview_latents` takes, where the model has one."""
+        return cast(PreviewDecoder | None, self.part("preview"))
 
     @property
     def text_encoder(self) -> CLIPTextEncoder | None:
@@ -206,9 +213,9 @@ class StableDiffusion(Conditioned):
         By the model's preview decoder; without, by its matrix to colours, at the latents' own size; without
         both by the autoencoder, which costs what the last picture does. In pixel space the same.
         """
-        preview, matrix = self.part("preview"), self.config.latent_rgb
-        if preview is not None:
-            return preview(latents.to(self.device, self.dtype)).float().clamp(-1, 1)
+        matrix = self.config.latent_rgb
+        if self.preview_decoder is not None:
+            return self.preview_decoder(latents.to(self.device, self.dtype)).float().clamp(-1, 1)
         if matrix is None:
             return self.decode_latents(latents).clamp(-1, 1)
         *weights, constant = torch.tensor(matrix, device=latents.device)

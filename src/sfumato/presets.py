@@ -19,14 +19,16 @@ from sfumato.nn.autoencoder import AutoencoderConfig
 from sfumato.nn.bert import BERTConfig
 from sfumato.nn.classes import ClassEmbedderConfig
 from sfumato.nn.clip import CLIPTextConfig
+from sfumato.nn.preview import PreviewConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.text.encode import SIZES_WIDTH
 from sfumato.text.tokenizer import CLIP_VOCABULARY, Tokenizer, clip_json
 from sfumato.text.wordpiece import WordPiece
 
 FORMAT_VERSION = 1
-PARTS = ("unet", "autoencoder", "text", "text2", "bert", "classes")
+PARTS = ("unet", "autoencoder", "text", "text2", "bert", "classes", "preview")
 MAX_NUMBER = 1_000_000  # in a file's description; no width, count or size of a real model comes near
+CONCATS = ("inpaints", "inpaints_black", "edits", "enlarges")
 DEFAULTS = ("steps", "sampler", "spacing", "guidance", "eta", "variance", "width", "height")
 
 
@@ -48,6 +50,7 @@ UNetTable = Annotated[UNetConfig, known_keys(UNetConfig)]
 AutoencoderTable = Annotated[AutoencoderConfig, known_keys(AutoencoderConfig)]
 TextTable = Annotated[CLIPTextConfig, known_keys(CLIPTextConfig)]
 BERTTable = Annotated[BERTConfig, known_keys(BERTConfig)]
+PreviewTable = Annotated[PreviewConfig, known_keys(PreviewConfig)]
 ClassesTable = Annotated[ClassEmbedderConfig, known_keys(ClassEmbedderConfig)]
 ScheduleTable = Annotated[ScheduleConfig, known_keys(ScheduleConfig)]
 
@@ -61,8 +64,15 @@ class ModelConfig:
     read, from the end, 1 the last; text_normed: through their final norm; zeros_for_empty: an absent negative
     prompt is all zeros. `tokenizer` is the tokenizer's own JSON; `image_size` the (height, width) in pixels
     it was trained at; `defaults` are request fields it draws best with, `notices` credits and licences of
-    what it learned from.
-    Raises InputError for an unknown prediction, a scale or size that is not positive, other request fields.
+    what it learned from. preview: a tiny decoder of scaled latents; latent_rgb: (z + 1, c) numbers, the
+    colour in -1..1 that each channel of a scaled latent adds to its pixels, and last the one they add it to;
+    latent_spread: mean and deviation of every channel of the unscaled latents.
+    concat: what the U-Net's further channels show: "inpaints" the mask and the latents of the picture, grey
+    where it is masked; "inpaints_black" those latents, black where it is masked, and the mask in -1..1 (LDM's
+    own inpainting); "edits" the picture's latents; "enlarges" the picture itself, as small as the latents,
+    whose noise is then the U-Net's label. None: what their number says, see `concat_kind`.
+    Raises InputError for an unknown prediction, a scale or size that is not positive, other request fields,
+    rows of numbers that are not as long as each other.
     """
 
     name: str
@@ -82,12 +92,18 @@ class ModelConfig:
     clip_skip: int = 1
     text_normed: bool = True
     zeros_for_empty: bool = False
+    preview: PreviewTable | None = None
+    latent_rgb: tuple[tuple[float, ...], ...] | None = None
+    latent_spread: tuple[tuple[float, ...], ...] | None = None
+    concat: str | None = None
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise InputError(
                 f"there is no prediction {self.prediction!r}", nearest(self.prediction, PREDICTIONS)
             )
+        if self.concat is not None and self.concat not in CONCATS:
+            raise InputError(f"concat is {self.concat!r}", nearest(self.concat, CONCATS))
         if not 0 < self.latent_scale < math.inf:
             raise InputError(f"latent_scale is {self.latent_scale}; it must be positive")
         if self.clip_skip < 1:
@@ -97,6 +113,10 @@ class ModelConfig:
         for key in self.defaults:
             if key not in DEFAULTS:
                 raise InputError(f"a model has no default {key!r}", nearest(key, DEFAULTS))
+        for key in ("latent_rgb", "latent_spread"):
+            rows = getattr(self, key)
+            if rows is not None and (len(rows) < 2 or len({len(row) for row in rows}) != 1):
+                raise InputError(f"{key} has rows of {[len(row) for row in rows]} numbers", "")
 
     def to_json(self) -> str:
         """JSON text for a model file's metadata."""
@@ -130,6 +150,31 @@ def num_classes(config: ModelConfig) -> int | None:
     """The classes that a model draws by number, None where it takes no number."""
     if config.classes is not None:
         return config.classes.n_classes
+    return None if concat_kind(config) == "enlarges" else _labels(config)
+
+
+def noise_levels(config: ModelConfig) -> int | None:
+    """How many noise levels a model that enlarges pictures knows; None for one that is not told any."""
+    return _labels(config) if concat_kind(config) == "enlarges" else None
+
+
+def concat_kind(config: ModelConfig) -> str | None:
+    """What the U-Net's further channels show, one of CONCATS; None where there are none, or any other number.
+
+    Where the config does not say, 1 more than latents have is "inpaints", as many is "edits", and as many as
+    pictures have is "enlarges".
+    """
+    unet, autoencoder = config.unet, config.autoencoder
+    if unet is None or unet.in_channels == unet.out_channels:
+        return None
+    if config.concat is not None:
+        return config.concat
+    count = unet.in_channels - unet.out_channels
+    pictures = {autoencoder.in_channels: "enlarges"} if autoencoder else {}
+    return (pictures | {unet.out_channels: "edits", 1 + unet.out_channels: "inpaints"}).get(count)
+
+
+def _labels(config: ModelConfig) -> int | None:
     labels = config.unet and config.unet.num_classes
     return labels if isinstance(labels, int) else None
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,14 +13,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from sfumato.checkpoints.upscaler import Upscaler
-from sfumato.errors import InputError, NumericalError
+from sfumato.checkpoints.upscaler import Upscaler, load_upscaler
+from sfumato.errors import InputError, NumericalError, nearest
 from sfumato.nn.tiles import Tiling, tile_rows
 
-TILE, OVERLAP = 192, 32  # pixels of the small picture
+LANCZOS, ILLUSTRATIONS = "lanczos", "illustrations"
+NAMES = (ILLUSTRATIONS, LANCZOS)
+EMBEDDED = Path(__file__).parent / "assets" / "upscaler.safetensors"
+FILES = (".pth", ".pt", ".safetensors")
+TILE, OVERLAP = 192, 40  # pixels of the small picture; half the overlap is more than our network sees
 MAX_PIXELS = 2**28  # of a result: 16,384 x 16,384
 MAX_SCALE = 64.0
 LANCZOS_SCALE = 4.0  # where neither a network nor anybody says
+LOADED = 4  # networks that are kept
 GREY = ("1", "L", "LA")
 
 Show = Callable[[int, int], object]
@@ -27,42 +34,60 @@ Show = Callable[[int, int], object]
 
 def enlarge(
     image: Image.Image,
-    upscaler: Upscaler | None,
-    scale: float | None = None,
+    upscaler: Upscaler | Path | str | None = ILLUSTRATIONS,
+    to: float | tuple[int, int] | None = None,
     *,
+    device: torch.device | None = None,
     tile: int = TILE,
     overlap: int = OVERLAP,
     show: Show | None = None,
 ) -> Image.Image:
-    """The picture `scale` times as large, in whole pixels: "L" or "RGB", with "A" where it had transparency.
+    """The picture `to` times as large, or of the size (width, height): "L" or "RGB", with "A" if it had it.
 
-    upscaler: a network, applied as often as it takes (once at least), its result resampled to the size; None
-    for resampling alone. scale: above 0 and at most 64; None is the network's own, or 4. tile, overlap: see
-    `nn.tiles.Tiling`, in pixels of the picture; a tile of 0 is the whole picture. Alpha is resampled, and
-    colours that nobody sees give way to those around them. Raises `InputError` for a result beyond
-    16,384 x 16,384 pixels, `NumericalError` where the network left the finite numbers.
+    upscaler: "illustrations", the network that comes with the package; a file of another; one that is loaded;
+    "lanczos" or None for resampling alone. A network is applied as often as it takes, and what it made too
+    large is averaged; nothing is shrunk by it. to: a scale above 0 and at most 64, or a size, which is filled
+    whatever its shape; None is the network's own scale, 4 without one. device: of a network that is not
+    loaded yet. tile, overlap: see `nn.tiles.Tiling`, in pixels of the picture; a tile of 0 is the whole
+    picture. Transparency is enlarged by the network too, and colours that nobody sees give way to those
+    around them. Raises `InputError` for results beyond 16,384 x 16,384 pixels and for names of nothing,
+    `CheckpointError` for files of something else, `NumericalError` where a network left the finite numbers.
     """
-    own = 1 if upscaler is None else upscaler.scale
-    wanted = (LANCZOS_SCALE if upscaler is None else float(own)) if scale is None else scale
-    if not 0 < wanted <= MAX_SCALE:
-        raise InputError(f"the scale is {wanted:g}; it must be above 0 and at most {MAX_SCALE:g}")
-    size = (max(1, round(image.width * wanted)), max(1, round(image.height * wanted)))
-    times = 0 if upscaler is None else _times(own, wanted)
-    largest = max(size[0] * size[1], image.width * image.height * own ** (2 * times))
-    if largest > MAX_PIXELS:
-        raise InputError(
-            f"a picture of {image.width}x{image.height} would become {largest} pixels on its way to "
-            f"{size[0]}x{size[1]}; at most {MAX_PIXELS} are made",
-            "Choose a smaller scale, or a network of a smaller one.",
-        )
+    network = upscaler if isinstance(upscaler, Upscaler | None) else find_upscaler(upscaler, device)
+    size, times = _planned(image, network, to)
     colours, alpha = _split(image)
     for _ in range(times):
-        assert upscaler is not None
-        colours = _by_network(colours, upscaler, tile, overlap, show)
-    colours = colours.resize(size, Image.Resampling.LANCZOS)
+        assert network is not None
+        colours = _by_network(colours, network, tile, overlap, show)
+        if alpha is not None:
+            alpha = _by_network(alpha, network, tile, overlap, None)
+    colours = _resampled(colours, size)
     if alpha is not None:
-        colours.putalpha(alpha.resize(size, Image.Resampling.LANCZOS))
+        colours.putalpha(_resampled(alpha, size))
     return colours
+
+
+def find_upscaler(name: Path | str, device: torch.device | None = None) -> Upscaler | None:
+    """The network of a name or a file; None for "lanczos". The last four are kept, until their files change.
+
+    Raises `InputError` for a name of nothing, `CheckpointError` for a file of something else.
+    """
+    if name == LANCZOS:
+        return None
+    path = EMBEDDED if name == ILLUSTRATIONS else Path(name)
+    if path.suffix.lower() not in FILES and not path.exists():
+        raise InputError(
+            f"there is no upscaler {str(name)!r}",
+            f"{nearest(str(name), NAMES)} Or give a file: {', '.join(FILES)}.",
+        )
+    # What changes with a file; of one that is absent or a folder, loading it tells.
+    status = path.stat() if path.is_file() else None
+    return _loaded(path, status and (status.st_mtime_ns, status.st_size), device)
+
+
+@lru_cache(maxsize=LOADED)
+def _loaded(path: Path, changes: tuple[int, int] | None, device: torch.device | None) -> Upscaler:
+    return load_upscaler(path, device)
 
 
 def upscaled(picture: Tensor, upscaler: Upscaler, *, tile: int = TILE, overlap: int = OVERLAP) -> Tensor:
@@ -98,11 +123,44 @@ def upscaled_rows(
         left -= min(left, rows.shape[-2])
 
 
+def _planned(
+    image: Image.Image, upscaler: Upscaler | None, to: float | tuple[int, int] | None
+) -> tuple[tuple[int, int], int]:
+    """((width, height) of the result, how often the network is applied); `InputError` if too large."""
+    own = 1 if upscaler is None else upscaler.scale
+    if to is None:
+        to = LANCZOS_SCALE if upscaler is None else float(own)
+    scale = max(to[0] / image.width, to[1] / image.height) if isinstance(to, tuple) else to
+    if not 0 < scale <= MAX_SCALE:
+        raise InputError(f"the scale is {scale:g}; it must be above 0 and at most {MAX_SCALE:g}")
+    size = to if isinstance(to, tuple) else (round(image.width * scale), round(image.height * scale))
+    size = (max(1, size[0]), max(1, size[1]))
+    times = 0 if upscaler is None else _times(own, scale)
+    largest = max(size[0] * size[1], image.width * image.height * own ** (2 * times))
+    if largest > MAX_PIXELS:
+        raise InputError(
+            f"a picture of {image.width}x{image.height} would become {largest} pixels on its way to "
+            f"{size[0]}x{size[1]}; at most {MAX_PIXELS} are made",
+            "Choose a smaller scale, or a network of a smaller one.",
+        )
+    return size, times
+
+
 def _times(own: int, wanted: float) -> int:
-    """How often a network that enlarges `own` times is applied for `wanted`."""
+    """How often a network that enlarges `own` times is applied for `wanted`: none where that shrinks."""
     if own == 1:
         return 1
-    return max(1, math.ceil(math.log(wanted) / math.log(own) - 1e-9))
+    return max(0, math.ceil(math.log(wanted) / math.log(own) - 1e-9))
+
+
+def _resampled(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The picture at a size: smaller by averages, or near them, that leave no rims; larger by Lanczos."""
+    if image.size == size:
+        return image
+    if image.width < size[0] or image.height < size[1]:
+        return image.resize(size, Image.Resampling.LANCZOS)
+    whole = not (image.width % size[0] or image.height % size[1])
+    return image.resize(size, Image.Resampling.BOX if whole else Image.Resampling.HAMMING)
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

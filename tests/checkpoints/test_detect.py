@@ -46,6 +46,7 @@ FAMILIES = [
     *(family(name, **SD) for name in ("bk-sdm-base", "bk-sdm-small", "bk-sdm-tiny")),
     family("sd2", **SD2),
     family("sd2-inpaint", **SD2),
+    family("sd-x4-upscaler", **(SD2 | {"autoencoder": AUTOENCODERS["kl-f4-z4"]})),
     *(family(name, **XL) for name in ("sdxl", "sdxl-inpaint", "ssd-1b", "segmind-vega")),
     *(family(name, **XL) for name in ("koala-1b", "koala-700m")),
     family("ldm-unconditional", autoencoder=VQ_F4),
@@ -278,6 +279,9 @@ def unets(draw: st.DrawFn) -> UNetConfig:
             "transformer_depth_output": draw(st.one_of(st.none(), outputs)),
             "use_linear_in_transformer": draw(st.booleans()),
         }
+        if transformer["context_dim"] is not None:
+            disabled = st.lists(st.booleans(), min_size=levels, max_size=levels)
+            transformer["disable_self_attentions"] = draw(st.one_of(st.none(), disabled))
     return UNetConfig(
         in_channels=draw(st.integers(1, 9)),
         out_channels=draw(st.integers(1, 6)),
@@ -358,7 +362,7 @@ def test_an_autoencoder_alone(name: str, layout: str) -> None:
     plan = detect(infos, {})
     assert (plan.family, plan.layout, list(plan.parts)) == (name, layout, ["autoencoder"])
     assert plan.config.autoencoder == AUTOENCODERS[name]
-    assert plan.config.latent_scale == (0.18215 if name == "kl-f8" else 1.0)
+    assert plan.config.latent_scale == {"kl-f8": 0.18215, "kl-f4-z4": 0.08333}.get(name, 1.0)
     assert plan.ignored == {"autoencoder loss": ("loss.logvar", "loss.perceptual_loss.lin0.model.1.weight")}
 
 
@@ -762,7 +766,6 @@ def test_a_misshapen_tensor_anywhere_is_an_error_or_another_model() -> None:
         ("lora_unet_mid_block.lora_up.weight", "--lora FILE"),
         ("emb_params", "--embedding-dir"),
         ("body.0.rdb1.conv1.weight", "sfumato upscale"),
-        ("low_scale_model.betas", "does not load here"),
     ],
 )
 def test_what_belongs_elsewhere_is_told_where(name: str, place: str) -> None:

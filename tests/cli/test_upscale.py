@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from safetensors.torch import save_file
 
 from sfumato.cli import main
 from sfumato.intake import Limits
 from sfumato.nn.esrgan import CompactConfig, CompactNet
+from sfumato.recipes import embed
+from sfumato.recipes.containers import read_container
+from sfumato.recipes.read import read as read_recipe
 
 
 def read(path: Path) -> Image.Image:
@@ -34,8 +39,52 @@ def test_a_file_by_a_network(tmp_path: Path, model: Path, capsys: pytest.Capture
     assert main(["upscale", str(tmp_path / "in.png"), "-o", str(out), "--model", str(model)]) == 0
     assert capsys.readouterr().out == f"{out}: 40x20\n"
     assert (read(out).size, read(out).mode) == ((40, 20), "RGBA")
-    assert main(["upscale", str(tmp_path / "in.png"), "-o", str(out), "--scale", "1.5"]) == 0
+    lanczos = ["--model", "lanczos", "--scale", "1.5"]
+    assert main(["upscale", str(tmp_path / "in.png"), "-o", str(out), *lanczos]) == 0
     assert read(out).size == (30, 15)
+
+
+def test_our_network_is_what_enlarges(tmp_path: Path) -> None:
+    Image.new("RGB", (20, 10), "teal").save(tmp_path / "in.bmp")
+    out = tmp_path / "out.png"
+    assert main(["upscale", str(tmp_path / "in.bmp"), "-o", str(out)]) == 0
+    assert read(out).size == (80, 40)
+    values = json.loads(read_container(out).texts["sfumato"])
+    assert (values["upscaler"], values["upscale"], values["upscaled_from"]) == ("illustrations", 4, [20, 10])
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp"])
+def test_the_recipe_of_a_drawing_stays(tmp_path: Path, suffix: str) -> None:
+    given = {"prompt": "a fox", "seed": 7, "steps": 5, "sampler": "ddim", "model": "illustrations"}
+    image = Image.new("RGB", (16, 16), "teal")
+    embed.save(image, tmp_path / "fox.png", given)
+    out = tmp_path / f"out.{suffix}"
+    assert main(["upscale", str(tmp_path / "fox.png"), "-o", str(out), "--scale", "2"]) == 0
+    recipe = read_recipe(out)
+    assert recipe.request is not None and recipe.tool == "sfumato"
+    assert (recipe.request.prompt, recipe.request.seed, recipe.request.steps) == ("a fox", 7, 5)
+    assert (recipe.values["upscaler"], recipe.values["upscale"]) == ("illustrations", 2)
+    assert recipe.values["upscaled_digest"] == embed.digest(image)
+    if suffix == "png":
+        assert recipe.values[embed.DIGEST] == embed.digest(read(out))
+
+
+def test_texts_of_other_tools_stay_letter_by_letter(tmp_path: Path) -> None:
+    text = (
+        "a fox, höhle\nNegative prompt: blurry\nSteps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Foo: bar"
+    )
+    info = PngInfo()
+    info.add_itxt("parameters", text)
+    info.add_text("Software", "somebody's")
+    Image.new("RGB", (16, 16), "teal").save(tmp_path / "in.png", pnginfo=info)
+    for _ in range(2):  # enlarging what was enlarged changes nothing of it
+        out = tmp_path / "out.png"
+        assert main(["upscale", str(tmp_path / "in.png"), "-o", str(out), "--scale", "2"]) == 0
+        texts = read_container(out).texts
+        assert texts["parameters"] == text and texts["Software"] == "somebody's"
+        assert texts["postprocessing"] == "Postprocess upscale by: 2, Postprocess upscaler: illustrations"
+        assert read_recipe(out).tool == "AUTOMATIC1111"
+        out.replace(tmp_path / "in.png")
 
 
 def test_a_folder_and_pictures_that_lie_on_their_side(tmp_path: Path) -> None:

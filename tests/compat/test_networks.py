@@ -174,6 +174,11 @@ def test_unet_with_classes_and_without_transformer() -> None:
     assert not torch.allclose(first[0], second[0]) and torch.allclose(first[1], second[1])
 
 
+def test_unet_without_self_attention_in_a_level() -> None:
+    model = UNetModel(**UNET, disable_self_attentions=[True, False])
+    assert model.config.disable_self_attentions == (True, False)
+
+
 def test_unet_of_the_xl_configuration() -> None:
     options = {**UNET, "transformer_depth": [1, 2], "context_dim": [12, 12], "num_classes": "sequential"}
     model = UNetModel(**options, adm_in_channels=5, use_linear_in_transformer=True)
@@ -186,7 +191,6 @@ def test_unet_of_the_xl_configuration() -> None:
     [
         ("n_embed", 512),
         ("num_attention_blocks", [1, 1]),
-        ("disable_self_attentions", [True, False]),
         ("disable_middle_self_attn", True),
         ("num_classes", "many"),
         ("context_dim", [12, 13]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.files import read_tensors
 from sfumato.errors import CheckpointError, InputError, NumericalError, ResourceError
-from sfumato.training.config import OptimizerConfig, TrainingConfig
+from sfumato.training.config import TrainingConfig
+from sfumato.training.data import WHOLE, Share
 from sfumato.training.lock import locked
-from sfumato.training.loop import Loss, Task, learning_rate, train
+from sfumato.training.loop import Loss, Task, train
 from sfumato.training.run import make_task, run
 
 CPU = torch.device("cpu")
@@ -45,7 +47,7 @@ class Line:
     def optimized(self) -> Mapping[str, list[nn.Parameter]]:
         return {"line": list(self.net.parameters())}
 
-    def batches(self, seen: int, size: int) -> Generator[Tensor, None, None]:
+    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Tensor, None, None]:
         try:
             while True:
                 yield torch.randn(size, 1, generator=torch.Generator().manual_seed(seen))
@@ -133,27 +135,13 @@ def test_images_that_no_step_divides(recipe: Recipe, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "states" / "000000000012").is_dir()
 
 
-RATES = {  # decay: rate at the start, in the warm-up, after it, at half, at nine tenths, at the end
-    "constant": (1 / 101, 51 / 101, 1, 1, 1, 1),
-    "cosine": (1 / 101, 0.9938 * 51 / 101, 0.9755, 0.5, 0.02447, 0),
-    "trapezoid": (1 / 101, 51 / 101, 1, 1, 0.5, 0),
-}
-
-
-@pytest.mark.parametrize(("decay", "shares"), RATES.items(), ids=list(RATES))
-def test_learning_rates(decay: Any, shares: tuple[float, ...]) -> None:
-    config = OptimizerConfig(learning_rate=3e-4, warmup_images=100, decay=decay)
-    rates = [learning_rate(config, seen, 1000) for seen in (0, 50, 100, 500, 900, 1000)]
-    assert rates == pytest.approx([3e-4 * share for share in shares], rel=1e-3, abs=1e-12)
-    assert learning_rate(OptimizerConfig(warmup_images=0, decay=decay), 0, 1000) == 1e-4
-    assert learning_rate(config, 2000, 1000) == learning_rate(config, 1000, 1000)
-
-
 @pytest.mark.parametrize("at", [0, 4, 12])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_what_is_not_finite_stops_before_anything_is_written(
-    config: TrainingConfig, at: int, kind: str
+    recipe: Recipe, tmp_path: Path, at: int, kind: str
 ) -> None:
+    config = recipe("autoencoder", tmp_path / "run", loop={"bad_steps": 1})
+
     def spoil(seen: int, loss: Tensor) -> Tensor:
         if seen < at:
             return loss
@@ -168,6 +156,109 @@ def test_what_is_not_finite_stops_before_anything_is_written(
     assert len(list((config.out / "states").glob("*"))) == (1 if at >= 8 else 0)
     resumed = fit(config)  # with the fault gone
     assert resumed[0]["seen"] == (12 if at >= 8 else 4)
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(config: TrainingConfig) -> None:
+    task, moved = Line(), []
+    bad = {8, 12, 20}
+
+    def spoil(seen: int, loss: Tensor) -> Tensor:
+        moved.append(task.net.weight.item())
+        return loss * torch.nan if seen in bad else loss
+
+    task.spoil = spoil
+    lines = [line for line in fit(config, task) if "images_per_second" in line]
+    assert [line.get("skipped_steps", 0) for line in lines] == [0, 0, 1, 1, 0, 1, 0, 0]
+    assert [seen for seen, line in zip(range(0, 32, 4), lines, strict=True) if "loss" not in line] == [
+        8,
+        12,
+        20,
+    ]
+    assert moved[2] == moved[3] == moved[4] != moved[5] == moved[6] != moved[7]
+    assert all(math.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_too_many_such_steps_in_a_row_end_the_run(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe("autoencoder", tmp_path / "run", loop={"bad_steps": 3})
+    task = Line()
+    task.spoil = lambda seen, loss: loss * torch.inf if seen >= 12 or seen == 4 else loss
+    with pytest.raises(
+        NumericalError, match="line loss is inf at image 20 after 2 more such steps; the last"
+    ):
+        fit(config, task)
+    weights = read_tensors(sorted((config.out / "states").iterdir())[-1] / "tensors.safetensors")[0]
+    assert len(weights) == 10 and all(tensor.isfinite().all() for tensor in weights.values())
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, None)])
+def test_a_signal_saves_within_a_step(
+    recipe: Recipe, tmp_path: Path, number: int, status: int | None
+) -> None:
+    config = recipe("autoencoder", tmp_path / "run", loop={"save_images": 1000, "preview_images": 16})
+    whole = recipe("autoencoder", tmp_path / "whole", loop={"save_images": 1000, "preview_images": 16})
+    fit(whole)
+    handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
+    for at, saved in ((4, 8), (12, 16), (28, 32)):  # also where scores are due, and at the end
+        task, told = Line(), []
+        task.spoil = lambda seen, loss, at=at: (signal.raise_signal(number), loss)[1] if seen == at else loss
+        with pytest.raises(SystemExit if status else KeyboardInterrupt) as ended:
+            train(config, task, CPU, lambda line, told=told: told.append(dict(line)))
+        assert not status or ended.value.args == (status,)
+        assert told[-1]["warning"].endswith(f"saved at image {saved}; run again to go on")
+        assert sorted((config.out / "states").iterdir())[-1].name == f"{saved:012d}"
+        assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
+    fit(config)
+    assert metrics(config.out) == metrics(whole.out)
+    a, b = (digests(folder) for folder in (config.out, whole.out))
+    assert {name: a[name] for name in b} == b
+
+
+def test_a_second_interrupt_ends_at_once(config: TrainingConfig) -> None:
+    task = Line()
+
+    def spoil(seen: int, loss: Tensor) -> Tensor:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        return loss
+
+    task.spoil = spoil
+    with pytest.raises(KeyboardInterrupt):
+        fit(config, task)
+    assert not (config.out / "states").exists()
+
+
+def test_averages_of_several_lengths(recipe: Recipe, tmp_path: Path) -> None:
+    several = recipe("autoencoder", tmp_path / "several", loop={"ema_images": [16, 1, 0]})
+    fit(several)
+    one = recipe("autoencoder", tmp_path / "one", loop={"ema_images": 1})
+    fit(one)
+    files = {path.name: path.read_text() for path in several.out.glob("model*")}
+    assert files.keys() == {"model.safetensors", "model-ema-1.safetensors", "model-ema-0.safetensors"}
+    assert len(set(files.values())) == 3
+    assert files["model-ema-1.safetensors"] == (one.out / "model.safetensors").read_text()
+    state = read_tensors(several.out / "states/000000000032/tensors.safetensors")[0]
+    assert {"ema.net.weight", "ema-1.net.weight", "ema-0.net.weight"} <= state.keys()
+    assert several.loop.half_lives == (16, 1, 0) and one.loop.half_lives == (1,)
+    with pytest.raises(KeyboardInterrupt):
+        train(
+            recipe("autoencoder", tmp_path / "again", loop={"ema_images": [16, 1, 0]}),
+            Line(),
+            CPU,
+            stop_at(20),
+        )
+    again = recipe("autoencoder", tmp_path / "again", loop={"ema_images": [16, 1, 0]})
+    fit(again)
+    assert digests(again.out) == digests(several.out)
+
+
+def test_raw_weights_are_scored_beside_their_average(recipe: Recipe, tmp_path: Path) -> None:
+    config = recipe(
+        "autoencoder", tmp_path / "run", loop={"score_raw": True}, optimizer={"learning_rate": 0.1}
+    )
+    task = Line()
+    scores = [line for line in fit(config, task) if "held_out" in line]
+    assert scores[-1]["raw_held_out"] == pytest.approx(task.net.weight.item(), abs=1e-6)
+    assert scores[-1]["held_out"] != scores[-1]["raw_held_out"]
 
 
 class Infinite(torch.autograd.Function):
@@ -346,7 +437,10 @@ def test_a_state_of_other_networks_is_refused(config: TrainingConfig) -> None:
     task = Line()
     task.net = nn.Linear(1, 2)
     task.modules = {"net": task.net}
-    with pytest.raises(CheckpointError, match="at image 32 does not fit, 2 tensors differ: bias: shape"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"at image 32 does not fit, 4 tensors differ: ema\.net\.bias: shape \(1,\) for shape \(2,\)",
+    ):
         fit(config, task)
 
 
@@ -373,8 +467,8 @@ def test_run_trains_by_a_file_and_holds_its_folder(
         held.append("yes")
 
     assert run(path, report=report) == tmp_path / "run" / "model.safetensors"
-    assert len(held) == 10 and digests(tmp_path / "run") == digests(first_stage)
-    with pytest.raises(InputError, match=r"inside of data\.path"):
+    assert len(held) >= 10 and digests(tmp_path / "run") == digests(first_stage)
+    with pytest.raises(InputError, match="inside of the pictures' folder"):
         run(path, [f"out={pictures / 'runs'}"])
 
 

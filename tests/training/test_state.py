@@ -22,7 +22,7 @@ from sfumato.errors import CheckpointError, InputError, NumericalError, Resource
 from sfumato.training import state as states
 from sfumato.training.ema import RAMP_UP, Ema
 from sfumato.training.lock import locked
-from sfumato.training.state import INDEX, TENSORS, State, latest_state, save_state
+from sfumato.training.state import INDEX, TENSORS, State, latest_state, save_state, signed
 
 RECIPE = {"seed": 1, "loop.batch": 4}
 
@@ -64,7 +64,14 @@ def flip(path: Path) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    """Change an index as if it had been written so."""
+    path.write_text(json.dumps(signed({**json.loads(path.read_text()), **changes})))
+
+
+def swap(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
@@ -80,6 +87,10 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "index without digest": lambda folder: rewrite(folder / INDEX, sha256=None),
     "index of another image": lambda folder: rewrite(folder / INDEX, seen=17),
     "no recipe in the index": lambda folder: rewrite(folder / INDEX, fingerprint=3),
+    "index of another recipe": lambda folder: swap(folder / INDEX, '"seed": 1', '"seed": 2'),
+    "index of another torch": lambda folder: swap(folder / INDEX, '"threads": ', '"threads": 1'),
+    "index of no files": lambda folder: rewrite(folder / INDEX, sha256=None, files={}, sharded={}),
+    "files elsewhere": lambda folder: rewrite(folder / INDEX, sha256=None, files={"../a": "0"}, sharded={}),
     "an empty folder": lambda folder: (shutil.rmtree(folder), folder.mkdir()),
 }  # fmt: skip
 

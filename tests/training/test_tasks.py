@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ from torch import Tensor
 import sfumato
 from sfumato.checkpoints.files import read_tensors
 from sfumato.checkpoints.load import load_file
+from sfumato.conditioning import Conditioning
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.training import latents
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Position, open_dataset
+from sfumato.training.data import WHOLE, Position, Share, open_dataset
 from sfumato.training.latents import CachedLatents
 from sfumato.training.loop import Task, train
+from sfumato.training.objective import Drawn
 from sfumato.training.run import make_task
 from sfumato.training.sheets import save_sheet
 from sfumato.training.tasks.diffusion import DiffusionTask
@@ -40,7 +42,7 @@ def losses_on_one_batch(config: TrainingConfig) -> list[float]:
     batch = next(batches)
     batches.close()
 
-    def again(seen: int, size: int) -> Generator[Any, None, None]:
+    def again(seen: int, size: int, share: Share = WHOLE) -> Generator[Any, None, None]:
         yield from itertools.repeat(batch)
 
     task.batches = again  # type: ignore[method-assign]
@@ -176,7 +178,8 @@ def test_pictures_without_captions(recipe: Recipe, pixel: Recipe, trained: Train
     )  # fmt: skip
     trained(text)
     task = make_task(text, CPU)
-    assert isinstance(task, DiffusionTask) and list(task.tokens) == [""]
+    assert isinstance(task, DiffusionTask) and task.captions is not None
+    assert task.captions.caption(Position(0, 0, 0, 1)) == ""
 
 
 @pytest.mark.parametrize("count", [1, 3, 17, 20, 33])
@@ -262,14 +265,19 @@ def test_captions_are_dropped_as_often_as_asked(
     latent: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task = make_task(latent(tmp_path / "run", diffusion={"caption_dropout": 0.25}), CPU)
-    assert isinstance(task, DiffusionTask)
+    assert isinstance(task, DiffusionTask) and task.captions is not None
     shown: list[str] = []
+    encoded = task.captions.encoded
 
-    def errors(clean: Tensor, noise: Tensor, t: Tensor, captions: list[str]) -> Tensor:
+    def encoding(captions: Sequence[str]) -> Conditioning:
         shown.extend(captions)
-        assert int(t.min()) >= 0 and int(t.max()) <= 999 and noise.shape == clean.shape
-        return torch.zeros(len(captions))
+        return encoded([""])
 
+    def errors(clean: Tensor, chance: Drawn, given: Conditioning) -> Tensor:
+        assert int(chance.t.min()) >= 0 and int(chance.t.max()) <= 999 and chance.noise.shape == clean.shape
+        return torch.zeros(len(clean))
+
+    monkeypatch.setattr(task.captions, "encoded", encoding)
     monkeypatch.setattr(task, "_errors", errors)
     list(task.losses(next(task.batches(0, 2000)), 0))
     assert 0.22 < shown.count("") / len(shown) < 0.28
@@ -287,7 +295,7 @@ def test_held_out_losses_come_by_timestep(latent: Recipe, tmp_path: Path) -> Non
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no network": ({"unet": None}, r"needs a \[unet\] table"),
-    "labels": ({"unet": {"num_classes": 3}}, "num_classes 3; captions need"),
+    "labels": ({"unet": {"num_classes": 3}}, "num_classes 3; this recipe needs 2 and None"),
     "one dimension": ({"unet": {"dims": 1}}, "dims is 1"),
     "text without a reader": ({"unet": {"context_dim": None}}, "context_dim is None, text.hidden_size 8"),
     "a reader without text": ({"text": None}, "context_dim is 8, text.hidden_size None"),

@@ -13,6 +13,7 @@ from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.classes import ClassEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
+from sfumato.nn.preview import PreviewDecoder
 from sfumato.nn.unet import UNet
 from sfumato.nn.vq import VQModel
 from sfumato.runtime import shapes_only
@@ -29,6 +30,7 @@ NETWORKS: Mapping[str, Callable[[Any], nn.Module]] = {
     "text2": CLIPTextEncoder,
     "bert": BERTEmbedder,
     "classes": ClassEmbedder,
+    "preview": PreviewDecoder,
 }
 
 

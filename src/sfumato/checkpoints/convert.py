@@ -73,6 +73,9 @@ def convert(
     chosen = _chosen(opened, only)
     left_out = dict(opened.ignored)
     if layout == "diffusers":
+        if "preview" in chosen:  # diffusers' small decoders are models of their own
+            left_out["preview decoder"] = tuple(opened.parts["preview"].names)
+            chosen.remove("preview")
         targets = {part: target(opened, {part: ""}, layout, dtype) for part in chosen}
         write_folder(out, opened.config, targets, alone=only is not None)
         size = sum(made.size for made in targets.values())

@@ -17,7 +17,6 @@ STRANGERS: Mapping[str, re.Pattern[str]] = {
     "a motion module": re.compile(r".*motion_modules\."),
     "Stable Diffusion 2's depth-to-image model": re.compile(r"depth_model\."),
     "Stable Diffusion 2's unCLIP model": re.compile(r"embedder\.|noise_augmentor\."),
-    "Stable Diffusion's x4 upscaler": re.compile(r"low_scale_model\."),
     "LDM's semantic synthesis": re.compile(r"cond_stage_model\.channel_mapper\."),
     "a Stable Diffusion 3": re.compile(r"(?:model\.diffusion_model\.)?joint_blocks\."),
     "a Flux": re.compile(r"(?:model\.diffusion_model\.)?(?:double|single)_(?:stream_)?blocks\."),

@@ -29,6 +29,7 @@ UNETS: Mapping[str, UNetConfig] = {
     "instruct-pix2pix": _unet("instruct-pix2pix"),
     "sd2": SD2,
     "sd2-inpaint": _unet("sd2-inpaint"),
+    "sd-x4-upscaler": _unet("sd-x4-upscaler"),
     "sdxl": SDXL,
     "sdxl-inpaint": replace(SDXL, in_channels=9),
     # Distilled by leaving blocks out: BK-SDM (Kim et al. 2023), SSD-1B and Vega (Gupta et al. 2024), KOALA
@@ -71,7 +72,8 @@ UNETS: Mapping[str, UNetConfig] = {
     ),
 }
 # What models descend from, and the released one that stands for it.
-BASES = {"sd1": "sd1", "sd2": "sd2-base", "sdxl": "sdxl", "ldm": "ldm-unconditional"}
+X4 = "sd-x4-upscaler"
+BASES = {"sd1": "sd1", "sd2": "sd2-base", X4: X4, "sdxl": "sdxl", "ldm": "ldm-unconditional"}
 NOISIER = {  # linear_end of those in the zoo that differ and are not in FAMILIES
     "ldm-super-resolution": 0.0155,
     "ldm-layout2img": 0.0205,
@@ -100,6 +102,9 @@ def plain_form(unet: UNetConfig) -> UNetConfig:
         for _ in range(unet.residual_blocks(level) + 1)
     )
     middle, output = unet.transformer_depth_middle, unet.transformer_depth_output
+    # The decoder alone may have attention in a level; then its blocks count as well.
+    used = attended if output is None else levels
+    reads = tuple(level not in used or not unet.self_attends(level) for level in levels)
     return replace(
         unet,
         dropout=0.0,
@@ -110,6 +115,7 @@ def plain_form(unet: UNetConfig) -> UNetConfig:
         transformer_depth_middle=None if middle == depths[-1] else middle,
         transformer_depth_output=None if output == mirrored else output,
         conv_resample=unet.conv_resample and not unet.resblock_updown,
+        disable_self_attentions=reads if any(reads[level] for level in used) else None,
     )
 
 
@@ -119,6 +125,8 @@ def base_of(parts: Mapping[str, object], unet: UNetConfig | None) -> str:
         return "ldm"
     if "text2" in parts or (unet is not None and unet.adm_in_channels is not None):
         return "sdxl"
+    if unet is not None and isinstance(unet.num_classes, int) and unet.disable_self_attentions:
+        return X4
     if "text" in parts:
         return "sd2" if getattr(parts["text"], "pad_token_id", None) == 0 else "sd1"
     if unet is None or unet.context_dim is None:
@@ -158,12 +166,23 @@ def with_heads(
 
 def template(family: str | None, base: str) -> ModelConfig:
     """A model of the family without its networks: schedule, latent scale, size and rules for text."""
-    known = BASES[base] if family is None or base == "sd2" else family
+    known = BASES[base] if family in (None, "sd2") else family
     stands = FAMILIES.get(known, FAMILIES[BASES[base]])
     model = replace(stands, tokenizer=None, **dict.fromkeys(PARTS))
     if family in NOISIER:
         return replace(model, schedule=replace(model.schedule, beta_end=NOISIER[family]))
     return model
+
+
+def concat_of(family: str | None, unet: UNetConfig, autoencoder: AutoencoderConfig | None) -> str | None:
+    """What a network of latent diffusion that follows nothing is shown, where it is not what numbers say.
+
+    Its inpainting and its super-resolution are told by latents with a codebook, which no later model has.
+    """
+    if family is None and unet.context_dim is None and autoencoder is not None and autoencoder.n_embed:
+        count = unet.in_channels - unet.out_channels
+        return {autoencoder.in_channels: "enlarges", 1 + unet.out_channels: "inpaints_black"}.get(count)
+    return {"ldm-super-resolution": "enlarges", "ldm-inpaint": "inpaints_black"}.get(family or "")
 
 
 def autoencoder_family(config: AutoencoderConfig) -> str:

@@ -11,11 +11,13 @@ from sfumato.checkpoints.layouts_pair import Shape
 from sfumato.checkpoints.source import TensorInfo
 
 CONDITION = "cond_stage_model."
+PREVIEW = "preview_decoder."  # in our own files alone
 # In one file in LDM layout, in a diffusers folder ("unet/" and so on); a part alone has no place.
 PLACES = (
     "model.diffusion_model.",
     "first_stage_model.",
     CONDITION,
+    PREVIEW,
     "conditioner.embedders.0.",
     "conditioner.embedders.1.",
     "unet/",
@@ -41,8 +43,10 @@ KINDS: Mapping[tuple[str, str], str] = {
     ("bert", "ldm"): r"transformer\.attn_layers\.",
     ("bert", "diffusers"): r"model\.layers\.\d",
     ("classes", "ldm"): r"embedding\.weight$",
+    ("preview", "ldm"): r"(?:conv_in|conv_out)\.weight$",
 }
 KIND = re.compile("|".join(f"({pattern})" for pattern in KINDS.values()))
+ONLY_AT = {"classes": CONDITION, "preview": PREVIEW}  # places of parts whose names say too little
 # What stands between a place and a text encoder's own names, in LDM's files and in ComfyUI's.
 LEVELS = {("text", "diffusers"): "transformer.", ("text", "ldm"): "model."}
 BIGG_WIDTH = 1280  # of SDXL's second text encoder, OpenCLIP's ViT-bigG
@@ -71,7 +75,9 @@ def locate(infos: Mapping[str, TensorInfo]) -> dict[str, Found]:
     found: dict[str, Found] = {}
     for place, names in grouped.items():
         kind = _kind(names, place)
-        if kind is None or (kind[0] == "classes" and place != CONDITION):
+        if kind is None or ONLY_AT.get(kind[0], place) != place:
+            continue
+        if kind[0] == "autoencoder" and place == CONDITION:  # the first stage once more, see rules
             continue
         part, layout = kind
         prefix = place + _level(names, place, LEVELS.get(kind, ""))

@@ -6,11 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from sfumato.checkpoints.detect_families import autoencoder_family, base_of, family_of, template
+from sfumato.checkpoints.detect_families import (
+    autoencoder_family,
+    base_of,
+    concat_of,
+    family_of,
+    template,
+)
 from sfumato.checkpoints.detect_prediction import Evidence, weigh
 from sfumato.checkpoints.source import TensorInfo
 from sfumato.errors import CheckpointError
-from sfumato.families import SD_SCALE
+from sfumato.families import SD_SCALE, X4_SCALE
 from sfumato.presets import ModelConfig
 
 TOWERS = {768: "clip-l", 1024: "openclip-h", 1280: "openclip-bigg"}  # by width
@@ -35,11 +41,12 @@ def describe_model(
         config = replace(template(None, base), name=family, latent_scale=scale, **configs)
         return family, config, Evidence("eps", "there is no U-Net that predicts")
     known = family_of(unet)
-    evidence = weigh(prediction, metadata, infos, base, unet.in_channels)
+    evidence = weigh(prediction, metadata, infos, base, unet.in_channels, known or base)
     config = replace(template(known, base), name=known or base, prediction=evidence.prediction, **configs)
+    config = replace(config, concat=concat_of(known, unet, configs.get("autoencoder")))
     if evidence.zero_terminal_snr:
         config = replace(config, schedule=replace(config.schedule, zero_terminal_snr=True))
-    if base == "sd2" and evidence.prediction == "v":
+    if base == "sd2" and known in (None, "sd2") and evidence.prediction == "v":
         config = replace(config, image_size=(SD2_V_SIDE, SD2_V_SIDE))
     return known or f"like {base}", config, evidence
 
@@ -62,7 +69,7 @@ def _alone(configs: Mapping[str, Any]) -> tuple[str, float]:
     """(family, latent scale) of parts without a U-Net."""
     if "autoencoder" in configs:
         family = autoencoder_family(configs["autoencoder"])
-        return family, SD_SCALE if family == "kl-f8" else 1.0
+        return family, {"kl-f8": SD_SCALE, "kl-f4-z4": X4_SCALE}.get(family, 1.0)
     for part in ("text", "text2"):
         if part in configs:
             return TOWERS.get(configs[part].hidden_size, "clip"), 1.0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from sfumato.diffusion.prediction import PREDICTIONS
 from sfumato.errors import InputError, nearest
+from sfumato.families import FAMILIES
 
 SPELLINGS = {
     "eps": "eps", "epsilon": "eps", "noise": "eps",
@@ -36,12 +37,18 @@ class Evidence:
 
 
 def weigh(
-    asked: str | None, metadata: Mapping[str, str], names: Container[str], base: str, in_channels: int
+    asked: str | None,
+    metadata: Mapping[str, str],
+    names: Container[str],
+    base: str,
+    in_channels: int,
+    family: str | None = None,
 ) -> Evidence:
     """The prediction by the best evidence there is: what was asked for, the metadata, flags in the file.
 
     names: the file's tensors. base, in_channels: of the U-Net; those of 4 channels in Stable Diffusion 2
-    come in both kinds, equal in every shape. Raises `InputError` for a prediction that there is not.
+    come in both kinds, equal in every shape. family: the released model that it is, or is like. Raises
+    `InputError` for a prediction that there is not.
     """
     flags = "v_pred" in names, "ztsnr" in names
     if asked is not None:
@@ -54,6 +61,8 @@ def weigh(
             return _evidence(found, f"the metadata say {key} = {metadata[key]}", flags[1])
     if flags[0]:
         return _evidence("v", "the file has a tensor named v_pred", flags[1])
+    if family in FAMILIES and FAMILIES[family].prediction == "v" and family != "sd2":
+        return _evidence("v", f"it is what {family} predicts", flags[1])
     if base != "sd2":
         return _evidence("eps", "it is what this family predicts", flags[1])
     if in_channels != 4:

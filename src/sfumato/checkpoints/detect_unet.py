@@ -63,6 +63,14 @@ class Skeleton:
     middle: Sequence[Block]
     resampling: Resampling
 
+    def mirror(self) -> list[Sequence[Block]]:
+        """The decoder's blocks by level, in the encoder's order; each level has one more than there."""
+        found, end = [], len(self.decoder)
+        for level in self.encoder:
+            found.append(self.decoder[end - len(level) - 1 : end])
+            end -= len(level) + 1
+        return found
+
     def blocks(self) -> Iterator[Block]:
         """All of them."""
         for level in self.encoder:
@@ -264,7 +272,30 @@ def _attention(skeleton: Skeleton, shapes: Shapes) -> dict[str, Any]:
         options["transformer_depth_middle"] = middle
     if decoder != mirrored:
         options["transformer_depth_output"] = tuple(decoder)
+    levels = [
+        [*level, *backwards] for level, backwards in zip(skeleton.encoder, skeleton.mirror(), strict=True)
+    ]
+    reads = [_reads_context(level, options["context_dim"], shapes) for level in levels]
+    if any(reads):  # levels without attention as in the released one
+        options["disable_self_attentions"] = tuple(
+            read or not any(block.depth for block in level) for read, level in zip(reads, levels, strict=True)
+        )
     return options
+
+
+def _reads_context(level: Sequence[Block], width: int | None, shapes: Shapes) -> bool:
+    """Whether the first attention of most of a level's transformers takes the context of this width.
+
+    In a level as wide as its context that leaves no trace; self-attention is likelier.
+    """
+    places = [
+        f"{block.attention}.transformer_blocks.{layer}.attn1"
+        for block in level
+        for layer in range(block.depth)
+    ]
+    read = [side(shapes, f"{place}.{name}.weight", 1) for place in places for name in ("to_k", "to_v")]
+    own = [side(shapes, f"{place}.to_q.weight", 1) for place in places]
+    return width is not None and 2 * read.count(width) > len(read) and 2 * own.count(width) <= len(own)
 
 
 def _level_depth(level: Sequence[Block], number: int) -> int:

@@ -61,6 +61,7 @@ class UNetRecord(BlocksRecord):
     addition_embed_type: str | None = None
     projection_class_embeddings_input_dim: Count | None = None
     resnet_time_scale_shift: str = "default"
+    only_cross_attention: bool | Annotated[tuple[bool, ...], Field(min_length=1, max_length=16)] | None = None
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
@@ -73,7 +74,6 @@ ONLY_UNET: dict[str, tuple[Any, ...]] = {  # what our U-Net does, where diffuser
     "mid_block_scale_factor": (1,),
     "downsample_padding": (1,),
     "norm_eps": (1e-5, 1e-6),  # LDM's is 1e-5; the unconditional folders were converted with 1e-6 in error
-    "only_cross_attention": (False, None),
     "dual_cross_attention": (False,),
     "encoder_hid_dim": (None,),
     "class_embed_type": (None,),
@@ -144,6 +144,7 @@ def unet_config(values: Mapping[str, Any], place: Path) -> UNetConfig:
             num_groups=record.norm_num_groups,
             middle=middle,  # type: ignore[arg-type]  # the config itself refuses others
             transformer_depth_output=depth_output,
+            disable_self_attentions=_disabled(record),
         ),
         place,
     )
@@ -209,6 +210,8 @@ def unet_values(config: UNetConfig, sample_size: int) -> dict[str, Any]:
     values["cross_attention_dim"] = config.context_dim
     values["transformer_layers_per_block"] = _same([max(1, config.depth(level)) for level in levels])
     values["use_linear_projection"] = config.use_linear_in_transformer
+    if config.disable_self_attentions is not None:
+        values["only_cross_attention"] = list(config.disable_self_attentions)
     if config.transformer_depth_output is not None:
         blocks, backwards = iter(config.transformer_depth_output), []
         for level in reversed(levels):
@@ -290,6 +293,14 @@ def _heads(record: UNetRecord, plain: bool, place: Path) -> tuple[int, int]:
             "This network is of a kind that does not load here.",
         )
     return -1, widths.pop()
+
+
+def _disabled(record: UNetRecord) -> tuple[bool, ...] | None:
+    """For each level whether its first attention is to the context; None for nowhere."""
+    given = record.only_cross_attention
+    if isinstance(given, tuple):
+        return given
+    return (True,) * len(record.down_block_types) if given else None
 
 
 def _same(values: list[int]) -> int | list[int]:

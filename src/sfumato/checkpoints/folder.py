@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.detect_families import autoencoder_family, base_of, family_of
+from sfumato.checkpoints.detect_families import autoencoder_family, base_of, concat_of, family_of
 from sfumato.checkpoints.detect_fit import fit_part
 from sfumato.checkpoints.diffusers_rest import Words, read_scheduler, read_tokenizer_folder
 from sfumato.checkpoints.diffusers_stages import autoencoder_config, bert_config, text_config
@@ -20,15 +20,17 @@ from sfumato.checkpoints.rules import UNUSED_PROJECTION, sort_out
 from sfumato.checkpoints.schema import class_name, parse, read_json
 from sfumato.checkpoints.source import Source
 from sfumato.errors import CheckpointError
+from sfumato.families import SD_SCALE, X4_SCALE
 from sfumato.nn.clip import CLIPTextConfig
 from sfumato.presets import PARTS, ModelConfig
 from sfumato.text.tokenizer import clip_json
 
-PIPELINES = {  # what is drawn with them here is text to image
+PIPELINES = {
     "StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline",
     "StableDiffusionInpaintPipelineLegacy", "StableDiffusionInstructPix2PixPipeline",
     "StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline",
     "StableDiffusionXLInstructPix2PixPipeline", "LatentConsistencyModelPipeline",
+    "StableDiffusionUpscalePipeline", "LDMSuperResolutionPipeline",
     "LDMPipeline", "LDMTextToImagePipeline", "LatentDiffusionPipeline", "LatentDiffusionUncondPipeline",
 }  # fmt: skip
 CLASSES = {  # class -> part; a second text encoder is told by its folder
@@ -48,7 +50,7 @@ COMPONENTS = {  # folder -> part, in the order they are read
     "text_encoder_2": "text2",
     "bert": "bert",
 }
-BESIDE = {"scheduler", "tokenizer", "tokenizer_2"}
+BESIDE = {"scheduler", "tokenizer", "tokenizer_2", "low_res_scheduler"}
 
 
 @dataclass
@@ -256,14 +258,20 @@ def _model_config(
         words = clip_json()
         found.notes.append("the folder has no tokenizer; CLIP's is taken")
     two = "text2" in configs
+    unet = configs["unet"]
+    upscaler = index.get("_class_name") == "StableDiffusionUpscalePipeline"
+    scale = found.values.get("latent_scale", 1.0) if autoencoder is not None else 1.0
+    if upscaler and scale == SD_SCALE:  # before 0.13 the autoencoder's config had none, and this by default
+        scale = X4_SCALE
     return ModelConfig(
         name=name,
         **configs,
         tokenizer=words,
-        latent_scale=found.values.get("latent_scale", 1.0) if autoencoder is not None else 1.0,
+        latent_scale=scale,
         image_size=(sides[0] * factor, sides[1] * factor),
         clip_skip=2 if two else 1,
         text_normed=not two,
+        concat="enlarges" if upscaler else concat_of(family_of(unet), unet, autoencoder),
         zeros_for_empty=two and index.get("force_zeros_for_empty_prompt", True) is True,
     )
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.layouts_autoencoder import autoencoder_pairs
-from sfumato.checkpoints.layouts_pair import SAME, Pair, Shape, Transform, same
+from sfumato.checkpoints.layouts_pair import SAME, Pair, Shape, Transform, convolution, same
 from sfumato.checkpoints.layouts_text import bert_pairs, hugging_face_pairs, is_open_clip, open_clip_pairs
 from sfumato.checkpoints.layouts_unet import unet_pairs
 from sfumato.errors import InputError, nearest
+from sfumato.nn.preview import PreviewConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.presets import PARTS, ModelConfig
 
@@ -39,7 +40,7 @@ FOLDERS = {  # where a diffusers folder keeps each part; diffusers has no class 
     "text2": "text_encoder_2",
     "bert": "bert",
 }
-ENTRY = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model."}
+ENTRY = {"unet": "model.diffusion_model.", "autoencoder": "first_stage_model.", "preview": "preview_decoder."}
 CONDITION = "cond_stage_model."
 EMBEDDERS = ("conditioner.embedders.0.", "conditioner.embedders.1.")  # SDXL's two
 
@@ -129,6 +130,19 @@ def _classes(config: Any, layout: str, variant: str) -> Iterator[Pair]:
     return iter([same("embedding.weight", "embedding.weight", (config.n_classes, config.embed_dim))])
 
 
+def _preview(config: PreviewConfig, layout: str, variant: str) -> Iterator[Pair]:
+    if layout == "diffusers":
+        raise InputError("diffusers has no preview decoder of this kind.", "Use the ldm layout.")
+    width, name = config.width, "conv_in"
+    yield from convolution(name, name, config.z_channels, width)
+    for block in range(max(1, config.levels)):
+        for name in (f"blocks.{block}.conv1", f"blocks.{block}.conv2"):
+            yield from convolution(name, name, width, width)
+    for level in range(config.levels):
+        yield from convolution(f"ups.{level}", f"ups.{level}", width, width)
+    yield from convolution("conv_out", "conv_out", width, config.out_channels)
+
+
 TABLES: dict[str, Callable[[Any, str, str], Iterator[Pair]]] = {
     "unet": _unet,
     "autoencoder": _autoencoder,
@@ -136,4 +150,5 @@ TABLES: dict[str, Callable[[Any, str, str], Iterator[Pair]]] = {
     "text2": _text,
     "bert": _bert,
     "classes": _classes,
+    "preview": _preview,
 }

@@ -57,7 +57,7 @@ def _encoder(config: UNetConfig, attention: str) -> Iterator[Pair]:
             channels, index = width, index + 1
             if config.attended(level):
                 place = (f"{own}.1", f"{theirs}.attentions.{block}")
-                yield from _attention(config, place, channels, config.depth(level), attention)
+                yield from _attention(config, place, channels, config.depth(level), attention, level)
         if level < len(config.channel_mult) - 1:
             own, place = f"input_blocks.{index}.0", f"{theirs}.downsamplers.0"
             if config.resblock_updown:
@@ -98,7 +98,7 @@ def _decoder(config: UNetConfig, attention: str) -> Iterator[Pair]:
             if config.attended_output(level, index):
                 place = (f"{own}.1", f"{theirs}.attentions.{block}")
                 depth = config.depth_output(level, index)
-                yield from _attention(config, place, channels, depth, attention, decoder=True)
+                yield from _attention(config, place, channels, depth, attention, level, decoder=True)
                 layers = 2
             if level > 0 and block == blocks - 1:
                 own, place = f"{own}.{layers}", f"{theirs}.upsamplers.0"
@@ -129,13 +129,16 @@ def _attention(
     channels: int,
     depth: int,
     attention: str,
+    level: int | None = None,
     *,
     decoder: bool = False,
 ) -> Iterator[Pair]:
+    """level: None in the middle."""
     own, theirs = place
     heads, dim_head = config.heads(channels, decoder=decoder)
     if config.use_spatial_transformer:
-        yield from _transformer(config, place, channels, heads * dim_head, depth)
+        own_keys = level is None or config.self_attends(level)
+        yield from _transformer(config, place, channels, heads * dim_head, depth, own_keys=own_keys)
         return
     query, key, value, out = ATTENTION[attention]
     split = split_heads(heads, by_head=not config.use_new_attention_order)
@@ -147,7 +150,7 @@ def _attention(
 
 
 def _transformer(
-    config: UNetConfig, place: tuple[str, str], channels: int, inner: int, depth: int
+    config: UNetConfig, place: tuple[str, str], channels: int, inner: int, depth: int, *, own_keys: bool
 ) -> Iterator[Pair]:
     own, theirs = place
     kernel = () if config.use_linear_in_transformer else (1,) * config.dims
@@ -155,12 +158,15 @@ def _transformer(
     yield from affine(f"{own}.proj_in", f"{theirs}.proj_in", (inner, channels, *kernel))
     for block in range(depth):
         names = f"{own}.transformer_blocks.{block}", f"{theirs}.transformer_blocks.{block}"
-        yield from _transformer_block(*names, inner, config.context_dim)
+        yield from _transformer_block(*names, inner, config.context_dim, own_keys=own_keys)
     yield from affine(f"{own}.proj_out", f"{theirs}.proj_out", (channels, inner, *kernel))
 
 
-def _transformer_block(own: str, theirs: str, width: int, context: int | None) -> Iterator[Pair]:
-    for name, keys in (("attn1", width), ("attn2", width if context is None else context)):
+def _transformer_block(
+    own: str, theirs: str, width: int, context: int | None, *, own_keys: bool
+) -> Iterator[Pair]:
+    read = width if context is None else context
+    for name, keys in (("attn1", width if own_keys else read), ("attn2", read)):
         yield same(f"{own}.{name}.to_q.weight", f"{theirs}.{name}.to_q.weight", (width, width))
         yield same(f"{own}.{name}.to_k.weight", f"{theirs}.{name}.to_k.weight", (width, keys))
         yield same(f"{own}.{name}.to_v.weight", f"{theirs}.{name}.to_v.weight", (width, keys))

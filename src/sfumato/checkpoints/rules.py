@@ -13,13 +13,17 @@ BUFFERS = (
 # Rule -> the names that it leaves out, whole. The first rule that matches is the one that is named.
 RULES: Mapping[str, re.Pattern[str]] = {
     "ema": re.compile(r"model_ema\..+"),
-    "schedule buffers": re.compile(rf"(?:model\.)?(?:{BUFFERS})"),
+    "schedule buffers": re.compile(rf"(?:model\.|low_scale_model\.)?(?:{BUFFERS})"),
     "latent scale": re.compile(r"scale_factor"),
     "prediction flags": re.compile(r"v_pred|ztsnr"),
     "position ids": re.compile(r"(?:.+\.)?position_ids"),
     "causal mask": re.compile(r"(?:.+\.)?attn_mask"),
     "logit scale": re.compile(r"(?:.+\.)?logit_scale"),
     "autoencoder loss": re.compile(r"(?:first_stage_model\.)?(?:loss|discriminator|perceptual_loss)\..+"),
+    # LDM's inpainting encodes its condition by its own first stage, which it saved twice.
+    "first stage of the condition": re.compile(
+        r"cond_stage_model\.(?:(?:en|de)coder|(?:post_)?quant_conv|quantize|loss)\..+"
+    ),
     "codebook usage": re.compile(r"(?:.+\.)?quantize\.(?:used|embedding\.(?:cluster_size|embed_avg))"),
     "word prediction": re.compile(r"(?:cond_stage_model\.transformer\.|transformer\.|bert/)?to_logits\..+"),
     "learned log-variance": re.compile(r"logvar"),

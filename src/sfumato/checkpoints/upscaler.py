@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -12,16 +13,19 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.build import assign
-from sfumato.checkpoints.files import open_file
+from sfumato.checkpoints.files import open_file, write_tensors
 from sfumato.checkpoints.load import is_finite
 from sfumato.checkpoints.source import Source
-from sfumato.errors import CheckpointError, InputError
+from sfumato.errors import CheckpointError, InputError, NumericalError
 from sfumato.nn.esrgan import CompactConfig, CompactNet, RRDBConfig, RRDBNet
 from sfumato.runtime import shapes_only
 
 NESTINGS = ("params_ema.", "params.", "state_dict.", "model_state_dict.", "")  # the averaged weights first
 WRAPPERS = ("module.", "generator.", "netG.")  # of parallel training and of whole networks
 MAX_SCALE = 16
+UPSCALER_KEY = "sfumato.upscaler"  # of the metadata, where a model file has "sfumato"
+FORMAT_VERSION = 1
+MAX_NAME = 100  # characters of a name that a file gives itself
 TENSORS_IN_BLOCK = 30  # weight and bias of the 15 convolutions of an RRDB
 # Names of ESRGAN's second code beside those of Real-ESRGAN, which are ours.
 RENAMED = {"RRDB_trunk": "body", "trunk_conv": "conv_body", "HRconv": "conv_hr", "upconv": "conv_up"}
@@ -34,8 +38,9 @@ OLD_OUTER = re.compile(r"model\.(\d+)\.(weight|bias)")
 class Upscaler:
     """A network that enlarges pictures, (b, c, h, w) in 0..1 -> (b, c, scale * h, scale * w).
 
-    kind: its architecture in words. scale: side of the result over side of the picture. multiple: what sides
-    must be multiples of. channels: of the pictures.
+    name: what its file calls itself, or is called. kind: its architecture in words. scale: side of the result
+    over side of the picture. multiple: what sides must be multiples of. channels: of the pictures. notices:
+    credits and licences of what it learned from, where its file has them.
     """
 
     network: RRDBNet | CompactNet
@@ -44,6 +49,20 @@ class Upscaler:
     scale: int
     multiple: int
     channels: int
+    notices: str = ""
+
+
+def save_upscaler(path: Path, network: RRDBNet | CompactNet, name: str, notices: str = "") -> None:
+    """Write a network in half precision under the names of Real-ESRGAN's releases, with name and notices.
+
+    Raises `NumericalError` before anything is written if a weight is not finite in float16.
+    """
+    tensors = {key: tensor.to(torch.float16) for key, tensor in network.state_dict().items()}
+    for key, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NumericalError(f"{key} is not finite as float16; nothing was written", "Training diverged.")
+    values = {"version": FORMAT_VERSION, "name": name, "notices": notices}
+    write_tensors(path, tensors, {UPSCALER_KEY: json.dumps(values, ensure_ascii=False)})
 
 
 def load_upscaler(
@@ -63,7 +82,8 @@ def load_upscaler(
     rrdb = isinstance(config, RRDBConfig)
     kind = f"RRDB, {config.num_blocks} blocks" if rrdb else f"compact, {config.num_convs} layers"
     channels = config.out_channels if rrdb else config.channels
-    return Upscaler(network, Path(path).stem, kind, config.scale, config.unshuffle, channels)
+    name, notices = _described(source.metadata.get(UPSCALER_KEY, ""))
+    return Upscaler(network, name or Path(path).stem, kind, config.scale, config.unshuffle, channels, notices)
 
 
 def native_names(infos: Iterable[str]) -> dict[str, str]:
@@ -103,6 +123,23 @@ def upscaler_config(
         f"{place} holds no upscaler that is known here; its {len(shapes)} tensors are {first} ...",
         "Give a file of ESRGAN, Real-ESRGAN, or its compact networks.",
     )
+
+
+def _described(text: str) -> tuple[str, str]:
+    """(name, notices) that a file of `save_upscaler` gives itself; empty where it says nothing of use.
+
+    The network needs none of it, so what is damaged here is left out.
+    """
+    try:
+        values = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        return "", ""
+    if not isinstance(values, dict):
+        return "", ""
+    name, notices = values.get("name"), values.get("notices")
+    if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
+        name = ""
+    return name, notices if isinstance(notices, str) else ""
 
 
 def _empty(config: RRDBConfig | CompactConfig, place: str) -> RRDBNet | CompactNet:

@@ -19,8 +19,9 @@ from sfumato.checkpoints.layouts import FOLDERS
 from sfumato.checkpoints.schema import WRITTEN_FOR
 from sfumato.checkpoints.source import TensorInfo
 from sfumato.checkpoints.stream import check_space, write_stream
+from sfumato.diffusion.low_scale import MAX_NOISE_LEVEL, NOISE
 from sfumato.errors import CheckpointError, InputError
-from sfumato.presets import ModelConfig
+from sfumato.presets import ModelConfig, concat_kind
 from sfumato.text.encode import read_tokenizer
 from sfumato.text.wordpiece import WordPiece
 
@@ -103,6 +104,10 @@ def pipeline_texts(config: ModelConfig) -> dict[str, str]:
         "model_index.json": _json(index),
         "scheduler/scheduler_config.json": _json(scheduler_values(config.schedule, config.prediction)),
     }
+    if "low_res_scheduler" in index:
+        values = scheduler_values(NOISE, "eps") | {"_class_name": "DDPMScheduler"}
+        del values["set_alpha_to_one"]  # DDIM's own
+        texts["low_res_scheduler/scheduler_config.json"] = _json(values)
     tokenizer = None if config.tokenizer is None else read_tokenizer(config.tokenizer)
     if isinstance(tokenizer, WordPiece):
         texts |= {f"tokenizer/{name}": text for name, text in wordpiece_files(tokenizer).items()}
@@ -146,10 +151,10 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
         else:
             index |= {
                 "feature_extractor": [None, None],
-                "requires_safety_checker": False,
                 "safety_checker": [None, None],
-                "_class_name": STABLE_DIFFUSION.get(unet.in_channels, "StableDiffusionPipeline"),
+                **(UPSCALER if concat_kind(config) == "enlarges" else {"requires_safety_checker": False}),
             }
+            index.setdefault("_class_name", STABLE_DIFFUSION.get(unet.in_channels, "StableDiffusionPipeline"))
     elif config.bert is not None:
         index |= {
             "bert": ["latent_diffusion", "LDMBertModel"],
@@ -157,10 +162,17 @@ def pipeline_index(config: ModelConfig) -> dict[str, Any]:
             "_class_name": "LDMTextToImagePipeline",
         }
     else:
-        index["_class_name"] = "LDMPipeline"
+        small = concat_kind(config) == "enlarges"
+        index["_class_name"] = "LDMSuperResolutionPipeline" if small else "LDMPipeline"
     return dict(sorted(index.items()))
 
 
+UPSCALER = {
+    "_class_name": "StableDiffusionUpscalePipeline",
+    "low_res_scheduler": ["diffusers", "DDPMScheduler"],
+    "max_noise_level": MAX_NOISE_LEVEL,
+    "watermarker": [None, None],
+}
 STABLE_DIFFUSION = {  # by the channels of the U-Net's input
     8: "StableDiffusionInstructPix2PixPipeline",
     9: "StableDiffusionInpaintPipeline",

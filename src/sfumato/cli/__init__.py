@@ -120,6 +120,7 @@ def application() -> App:
         "sfumato.cli.data:shapes", name="shapes", help="Coloured shapes, made without any download."
     )
     data.command(build)
+    data.command("sfumato.cli.data:check", name="check", help="Look through one's own pictures.")
     app.command(data)
     return app
 

@@ -1,4 +1,4 @@
-"""`sfumato data build`: sets of captioned pictures to train on."""
+"""`sfumato data`: builds sets of captioned pictures to train on, and looks through one's own."""
 
 from __future__ import annotations
 
@@ -47,6 +47,31 @@ def shapes(
 
     write_shapes(out, size=size, copies=copies, seed=seed)
     print(out)
+
+
+def check(
+    folder: Annotated[Path, Parameter(help="Folder of pictures, tars, tables or Parquet files.")],
+    /,
+    *,
+    size: Annotated[
+        int | None, Parameter(help="Also show which buckets the pictures go to at this data.size.")
+    ] = None,
+    extension: Annotated[str, Parameter(help="Of caption files.")] = ".txt",
+    conditions: Annotated[Path | None, Parameter(help="Folder of control pictures, named alike.")] = None,
+    masks: Annotated[Path | None, Parameter(help="Folder of masks, named alike.")] = None,
+    workers: Annotated[int, Parameter(help="Threads that decode.")] = 2,
+    json: Annotated[bool, Parameter(negative=(), show_default=False, help="Print JSON.")] = False,
+) -> int:
+    """Decode every picture and name each that is unusable or odd; the exit code is 4 if any is unusable."""
+    from sfumato.errors import DataError
+    from sfumato.training.data.records import Reading
+    from sfumato.training.data.report import as_json, as_text  # these import torch
+    from sfumato.training.data.scan import scan
+
+    reading = Reading(extension=extension, conditions=conditions, masks=masks)
+    found = scan(folder, reading, workers, progress_line("pictures"))
+    print(as_json(found, size) if json else as_text(found, size))
+    return DataError.exit_status if found.unusable else 0
 
 
 def _stages() -> Callable[[str, int, int], None]:

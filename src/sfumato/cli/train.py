@@ -10,20 +10,44 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from sfumato.errors import InputError
+
+DRY_RUN = "--dry-run"
+
 
 def train(
-    config: Annotated[Path, Parameter(help="Recipe, a .toml file; see configs/.")],
+    config: Annotated[
+        Path, Parameter(help="Recipe, a .toml file (see configs/), or the study notes' config_SD.ini.")
+    ],
     /,
     *overrides: Annotated[
         str, Parameter(allow_leading_hyphen=True, help="Values of the recipe to change: --loop.images=50000")
     ],
 ) -> None:
-    """Train by a recipe; run it again to resume."""
+    """Train by a recipe; run it again to resume. With --dry-run, say what it would take, and stop."""
     from sfumato.training import run  # imports torch
+    from sfumato.training.notes.run import run as run_notes
 
+    words = [word for word in overrides if word != DRY_RUN]
+    if len(words) < len(overrides):
+        _plan(config, joined(tuple(words)))
+        return
+    start = run_notes if config.suffix.lower() == ".ini" else run
     with reporter() as report:
-        path = run(config, joined(overrides), report)
+        path = start(config, joined(overrides), report)
     print(path)
+
+
+def _plan(config: Path, overrides: list[str]) -> None:
+    from sfumato.training.config import read_config
+    from sfumato.training.plan import plan
+
+    if config.suffix.lower() == ".ini":
+        raise InputError("plans are made of .toml recipes", "Leave --dry-run out; this file's run is short.")
+    with reporter() as report:
+        found = plan(read_config(config, overrides), report)
+    for words in found.lines():
+        print(words)
 
 
 def joined(words: tuple[str, ...]) -> list[str]:

@@ -232,8 +232,8 @@ class UNetModel(UNet):
 
     image_size: a note that no layer reads. use_checkpoint: recompute activations in the backward pass.
     use_fp16: without effect, here as there it is `convert_to_fp16` that converts; the dtype is the weights'.
-    n_embed (prediction of codebook entries), disable_self_attentions, num_attention_blocks and
-    disable_middle_self_attn have no place in this U-Net: `InputError` unless they are left unset.
+    n_embed (prediction of codebook entries), num_attention_blocks and disable_middle_self_attn have no place
+    in this U-Net: `InputError` unless they are left unset.
     """
 
     image_size: int | Sequence[int] | None = None
@@ -273,7 +273,6 @@ class UNetModel(UNet):
     ) -> None:
         refused = {
             "n_embed": n_embed,
-            "disable_self_attentions": disable_self_attentions,
             "num_attention_blocks": num_attention_blocks,
             "disable_middle_self_attn": disable_middle_self_attn or None,
         }
@@ -304,6 +303,9 @@ class UNetModel(UNet):
             use_new_attention_order=use_new_attention_order,
             legacy=legacy,
             num_groups=num_groups,
+            disable_self_attentions=None
+            if disable_self_attentions is None
+            else tuple(disable_self_attentions),
         )
         super().__init__(config)
         self.image_size = image_size

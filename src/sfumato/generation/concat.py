@@ -20,7 +20,9 @@ from sfumato.model import StableDiffusion
 from sfumato.presets import concat_kind
 from sfumato.request import Request
 
-LOW_SEEDS = 2**40  # from a picture's seed to that of its small picture's noise: no other start noise is it
+# From a picture's seed to that of its small picture's noise, 2^32 over the golden ratio: the same seed would
+# give it the start noise. torch's generator reads 32 bits.
+LOW_SEEDS = 2_654_435_769
 WHOLE = ("mask", "mask_alpha", "only_masked", "region")
 
 Encode = Callable[[Tensor], Tensor]

@@ -72,12 +72,22 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     """Self-attention, attention to the context, feed-forward, each normalised first; x: (b, n, width).
 
-    Where `context_dim` is None the second attention is a self-attention too.
+    Where `context_dim` is None the second attention is a self-attention too. disable_self_attention: the
+    first attends to the context as well.
     """
 
-    def __init__(self, width: int, context_dim: int | None, heads: int, dim_head: int) -> None:
+    def __init__(
+        self,
+        width: int,
+        context_dim: int | None,
+        heads: int,
+        dim_head: int,
+        *,
+        disable_self_attention: bool = False,
+    ) -> None:
         super().__init__()
-        self.attn1 = CrossAttention(width, None, heads, dim_head)
+        self.disable_self_attention = disable_self_attention
+        self.attn1 = CrossAttention(width, context_dim if disable_self_attention else None, heads, dim_head)
         self.ff = FeedForward(width)
         self.attn2 = CrossAttention(width, context_dim, heads, dim_head)
         self.norm1 = nn.LayerNorm(width)
@@ -85,14 +95,17 @@ class BasicTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, attend: Attend = attend) -> Tensor:
-        x = x + self.attn1(self.norm1(x), None, attend)
+        x = x + self.attn1(self.norm1(x), context if self.disable_self_attention else None, attend)
         x = x + self.attn2(self.norm2(x), context, attend)
         return x + self.ff(self.norm3(x))
 
 
 @dataclass(frozen=True)
 class SpatialTransformerConfig:
-    """Shape of a spatial transformer: `depth` blocks of `heads` heads, `dim_head` channels each."""
+    """Shape of a spatial transformer: `depth` blocks of `heads` heads, `dim_head` channels each.
+
+    disable_self_attention: see `BasicTransformerBlock`.
+    """
 
     heads: int
     dim_head: int
@@ -101,6 +114,7 @@ class SpatialTransformerConfig:
     use_linear: bool
     dims: int
     num_groups: int
+    disable_self_attention: bool = False
 
 
 class SpatialTransformer(nn.Module):
@@ -115,7 +129,13 @@ class SpatialTransformer(nn.Module):
         self.norm = nn.GroupNorm(config.num_groups, channels, eps=1e-6)
         self.proj_in = _projection(channels, inner, config)
         self.transformer_blocks = nn.ModuleList(
-            BasicTransformerBlock(inner, config.context_dim, config.heads, config.dim_head)
+            BasicTransformerBlock(
+                inner,
+                config.context_dim,
+                config.heads,
+                config.dim_head,
+                disable_self_attention=config.disable_self_attention,
+            )
             for _ in range(config.depth)
         )
         self.proj_out = _projection(inner, channels, config)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sfumato.errors import InputError
-from sfumato.nn.attention import Attend, AttentionBlock, CrossAttention, attend
+from sfumato.nn.attention import Attend, AttentionBlock, BasicTransformerBlock, CrossAttention, attend
 from sfumato.nn.unet import Patch, UNet
 from sfumato.nn.unet_config import UNetConfig
 
@@ -67,6 +67,11 @@ def _chain(first: Attend, second: Attend) -> Attend:
 
 def self_attention_layers(network: UNet) -> list[str]:
     """The state-dict names of the modules whose queries and keys are both of the picture, in its order."""
+    reading = {
+        f"{name}.attn1"
+        for name, module in network.named_modules()
+        if isinstance(module, BasicTransformerBlock) and module.disable_self_attention
+    }
     return [
         name
         for name, module in network.named_modules()
@@ -74,6 +79,7 @@ def self_attention_layers(network: UNet) -> list[str]:
         or (
             isinstance(module, CrossAttention)
             and (name.endswith(".attn1") or network.config.context_dim is None)
+            and name not in reading
         )
     ]
 

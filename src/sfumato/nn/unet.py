@@ -153,7 +153,7 @@ def build_input_blocks(config: UNetConfig) -> tuple[nn.ModuleList, list[int]]:
             layers: list[nn.Module] = [_res_block(config, channels, multiplier * config.model_channels)]
             channels = multiplier * config.model_channels
             if config.attended(level):
-                layers.append(_attention(config, channels, config.depth(level)))
+                layers.append(_attention(config, channels, config.depth(level), level))
             blocks.append(Stage(layers))
             skips.append(channels)
         if level < len(config.channel_mult) - 1:
@@ -192,7 +192,7 @@ def build_output_blocks(config: UNetConfig, skips: Sequence[int]) -> nn.ModuleLi
             layers: list[nn.Module] = [_res_block(config, in_channels, channels)]
             if config.attended_output(level, len(blocks)):
                 depth = config.depth_output(level, len(blocks))
-                layers.append(_attention(config, channels, depth, decoder=True))
+                layers.append(_attention(config, channels, depth, level, decoder=True))
             if level > 0 and i == config.residual_blocks(level):
                 layers.append(_resample(config, channels, Upsample))
             blocks.append(Stage(layers))
@@ -261,7 +261,10 @@ def _resample(config: UNetConfig, channels: int, kind: type[Downsample] | type[U
     return kind(channels, use_conv=config.conv_resample, dims=config.dims)
 
 
-def _attention(config: UNetConfig, channels: int, depth: int, *, decoder: bool = False) -> nn.Module:
+def _attention(
+    config: UNetConfig, channels: int, depth: int, level: int | None = None, *, decoder: bool = False
+) -> nn.Module:
+    """level: None in the middle."""
     heads, dim_head = config.heads(channels, decoder=decoder)
     if not config.use_spatial_transformer:
         order = config.use_new_attention_order
@@ -274,5 +277,6 @@ def _attention(config: UNetConfig, channels: int, depth: int, *, decoder: bool =
         use_linear=config.use_linear_in_transformer,
         dims=config.dims,
         num_groups=config.num_groups,
+        disable_self_attention=level is not None and not config.self_attends(level),
     )
     return SpatialTransformer(channels, transformer)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from sfumato.errors import InputError, nearest
 
-PER_LEVEL = ("num_res_blocks", "transformer_depth")
+PER_LEVEL = ("num_res_blocks", "transformer_depth", "disable_self_attentions")
 MIDDLES = ("attention", "residual", "none")
 
 
@@ -39,6 +39,9 @@ class UNetConfig:
         two residual blocks), one residual block alone ("residual", SSD-1B), or nothing ("none", BK-SDM).
     transformer_depth_output: transformer blocks in each block of the decoder, in `output_blocks`' order, 0
         for no attention; None for as many as the encoder's level has.
+    disable_self_attentions: for each level whether the first attention of its transformer blocks attends to
+        the context too, and none to the picture (Stable Diffusion's x4 upscaler); None for nowhere. The
+        middle keeps its self-attention.
 
     Raises InputError for options that contradict each other.
     """
@@ -69,6 +72,7 @@ class UNetConfig:
     num_groups: int = 32
     middle: Literal["attention", "residual", "none"] = "attention"
     transformer_depth_output: tuple[int, ...] | None = None
+    disable_self_attentions: tuple[bool, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("attention_resolutions", "channel_mult", "transformer_depth_output", *PER_LEVEL):
@@ -99,6 +103,10 @@ class UNetConfig:
         """Transformer blocks in each spatial transformer of the encoder's level."""
         depth = self.transformer_depth
         return depth if isinstance(depth, int) else depth[level]
+
+    def self_attends(self, level: int) -> bool:
+        """Whether transformer blocks in the level have self-attention."""
+        return not (self.disable_self_attentions and self.disable_self_attentions[level])
 
     def attended_output(self, level: int, index: int) -> bool:
         """Whether attention follows the residual block of `output_blocks.index`, which lies in the level."""
@@ -152,6 +160,10 @@ def _check_config(config: UNetConfig) -> None:
         raise InputError(f"{given}: one must be positive, -1 leaves the other unset.", "Set one of them.")
     if config.context_dim is not None and not config.use_spatial_transformer:
         raise InputError(f"context_dim={config.context_dim} needs use_spatial_transformer=True.")
+    if config.disable_self_attentions and config.context_dim is None:
+        raise InputError(
+            f"disable_self_attentions={config.disable_self_attentions} needs a context_dim to attend to."
+        )
     if config.model_channels % config.num_groups:
         raise InputError(
             f"num_groups={config.num_groups} must divide model_channels={config.model_channels}."

@@ -34,6 +34,20 @@ class Latents:
         return self.mean
 
 
+@dataclass(frozen=True)
+class Quantised:
+    """Latents through a codebook, for training.
+
+    straight: (b, c, h, w) entries, whose gradient goes to the latents as if there were no codebook. indices:
+    (b, h, w). codebook: scalar that draws entries to latents; commitment: latents to entries.
+    """
+
+    straight: Tensor
+    indices: Tensor
+    codebook: Tensor
+    commitment: Tensor
+
+
 class VectorQuantizer(nn.Module):
     """A codebook: every position of a latent is replaced by the nearest entry (van den Oord et al. 2017)."""
 
@@ -62,6 +76,18 @@ class VectorQuantizer(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """(b, embed_dim, h, w) -> the same shape, all of it from the codebook."""
         return self.lookup(self.indices(z))
+
+    def train_step(self, z: Tensor) -> Quantised:
+        """(b, embed_dim, h, w) -> what is decoded in training, and the losses that tie latents and entries.
+
+        Van den Oord et al. 2017, eq. 3. Taming's first release had beta on the other of its two losses.
+        """
+        z = z.float()
+        indices = self.indices(z.detach())
+        chosen = self.lookup(indices)
+        codebook = (chosen - z.detach()).square().mean()
+        commitment = (z - chosen.detach()).square().mean()
+        return Quantised(z + (chosen - z).detach(), indices, codebook, commitment)
 
 
 class VQModel(nn.Module):

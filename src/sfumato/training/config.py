@@ -7,103 +7,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, ValidationError
 
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import InputError, nearest
 from sfumato.presets import AutoencoderTable, ScheduleTable, TextTable, UNetTable
-from sfumato.training.section import Section, Share
+from sfumato.training.section import Section
+from sfumato.training.settings_autoencoder import AutoencoderTaskConfig
+from sfumato.training.settings_clip import CLIPTaskConfig
+from sfumato.training.settings_data import DataConfig
+from sfumato.training.settings_diffusion import DiffusionTaskConfig
+from sfumato.training.settings_finetune import FinetuneConfig
+from sfumato.training.settings_loop import LoopConfig, OptimizerConfig
+from sfumato.training.settings_reproduction import ReproductionTaskConfig
+from sfumato.training.settings_upscaler import UpscalerTaskConfig
 
 RECIPES = "See configs/ for recipes that run."
-
-
-class DataConfig(Section):
-    """The pictures."""
-
-    path: Path = Field(description="folder of pictures with .txt captions, or a built illustration set")
-    size: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
-        default=64, description="pixels, side or (height, width)"
-    )
-    channels: Literal[1, 3] = 3
-    repeats: dict[str, Annotated[int, Field(ge=0)]] = Field(
-        default_factory=dict,
-        description='how often an epoch shows each "kind" or "kind/style" of an illustration set; else 1',
-    )
-    workers: int = Field(default=2, ge=0, le=64, description="threads that decode pictures ahead")
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
-        return (self.size, self.size) if isinstance(self.size, int) else self.size
-
-
-class OptimizerConfig(Section):
-    """AdamW and its learning rate over the images seen."""
-
-    learning_rate: float = Field(default=1e-4, gt=0)
-    betas: tuple[Share, Share] = (0.9, 0.99)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0)
-    warmup_images: int = Field(default=10_000, ge=0)
-    decay: Literal["constant", "cosine", "trapezoid"] = Field(
-        default="cosine", description="trapezoid = constant, then straight to zero over the last fifth"
-    )
-    clip_norm: float = Field(default=1.0, gt=0)
-
-
-class LoopConfig(Section):
-    """How long, how large a batch, how often things are written; the clock counts images."""
-
-    images: int = Field(default=200_000, gt=0, description="images to train on in all")
-    batch: int = Field(default=64, gt=0, description="images in one network call")
-    accumulate: int = Field(default=1, gt=0, description="network calls in one optimizer step")
-    ema_images: int = Field(default=20_000, ge=0, description="half-life of the averaged weights; 0 = none")
-    log_images: int = Field(default=2_000, gt=0)
-    save_images: int = Field(default=20_000, gt=0)
-    preview_images: int = Field(default=20_000, gt=0)
-    keep: int = Field(default=2, ge=1, description="saved states kept")
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="auto = bfloat16 on a GPU that has it, else float32"
-    )
-    compile: bool = False
-    gradient_checkpointing: bool = False
-    channels_last: bool = True
-
-
-class AutoencoderTaskConfig(Section):
-    """L1 + KL, and a weight-free edge term (L1 of finite differences)."""
-
-    kl_weight: float = Field(default=1e-6, ge=0)
-    edge_weight: float = Field(default=0.0, ge=0)
-    start_from: Path | None = Field(
-        default=None, description="model.safetensors whose autoencoder to begin with"
-    )
-    freeze_encoder: bool = Field(
-        default=False,
-        description="train the decoder alone: latents, and so U-Nets trained on them, keep their meaning",
-    )
-
-
-class DiffusionTaskConfig(Section):
-    """Mean squared error of the prediction (Ho et al. 2020, eq. 14; Rombach et al. 2022, eq. 2)."""
-
-    prediction: Literal["eps", "v", "x0"] = "eps"
-    caption_dropout: float = Field(
-        default=0.1, ge=0, le=1, description="share of captions replaced by the empty one"
-    )
-    vocabulary: int | Literal["clip"] = Field(
-        default=2048, description="tokens learned from the captions, or CLIP's own"
-    )
-    autoencoder: Path | None = Field(
-        default=None, description="model.safetensors of an autoencoder run; none = pixel space"
-    )
-    start_from: Path | None = Field(
-        default=None, description="model.safetensors whose U-Net, text encoder and tokenizer to begin with"
-    )
-    prompts: tuple[str, ...] = Field(default=(), description="prompts of the preview sheets")
-    guidance: float = Field(default=3.0, ge=0, description="default guidance of the finished model")
-    steps: int = Field(default=25, gt=0, description="default steps of the finished model")
-    sampler: str = Field(default="dpmpp_2m", description="default sampler of the finished model")
 
 
 class ClassifierTaskConfig(Section):
@@ -124,7 +43,7 @@ class ClassifierTaskConfig(Section):
 class TrainingConfig(Section):
     """A whole run. The same file run again resumes from `out`."""
 
-    task: Literal["autoencoder", "diffusion", "classifier"]
+    task: Literal["autoencoder", "diffusion", "classifier", "upscaler", "clip", "reproduction", "finetune"]
     out: Path = Field(description="folder of the run")
     name: str = "model"
     seed: int = Field(default=0, ge=0, lt=2**63)
@@ -136,6 +55,10 @@ class TrainingConfig(Section):
     autoencoder: AutoencoderTaskConfig = AutoencoderTaskConfig()
     diffusion: DiffusionTaskConfig = DiffusionTaskConfig()
     classifier: ClassifierTaskConfig | None = None
+    upscaler: UpscalerTaskConfig | None = None
+    clip: CLIPTaskConfig | None = None
+    reproduction: ReproductionTaskConfig | None = None
+    finetune: FinetuneConfig | None = None
     first_stage: AutoencoderTable | None = None
     unet: UNetTable | None = None
     text: TextTable | None = None
@@ -200,6 +123,8 @@ def _keys(place: Sequence[int | str]) -> list[str]:
     """The keys of the section at `place`; only sections know extra keys, so every step leads to one."""
     model: Any = TrainingConfig
     for part in place:
+        if isinstance(part, int):
+            continue  # which one of several
         kind = model.model_fields[part].annotation
         model = next(iter(get_args(kind)), kind)  # the section of one that may be absent
     return list(model.model_fields)

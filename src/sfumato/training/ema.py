@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from sfumato.training.sharding import local
+
 RAMP_UP = 0.05  # the half-life is at most this share of the images seen, so early averages forget the start
 
 
 class Ema:
-    """Averaged copies of every parameter of `modules`, in the parameters' own dtype.
+    """Averaged copies of every parameter of `modules`, in the parameters' own dtype, sharded as they are.
 
     half_life: images after which a weight's share in the average has halved; 0 keeps the newest weights.
     """
@@ -32,7 +34,8 @@ class Ema:
         """Move the averages towards the live weights after a step of `batch` images; `seen` includes them."""
         half_life = min(self.half_life, seen * RAMP_UP)
         kept = 0.5 ** (batch / half_life) if half_life > 0 else 0.0
-        get_ema_multi_avg_fn(kept)(list(self.average.values()), list(self.live.values()), 0)
+        averages = [local(average) for average in self.average.values()]
+        get_ema_multi_avg_fn(kept)(averages, [local(live) for live in self.live.values()], 0)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -47,4 +50,4 @@ class Ema:
     @torch.no_grad()
     def _put(self, values: Mapping[str, torch.Tensor]) -> None:
         for name, parameter in self.live.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(local(values[name]))

@@ -2,224 +2,196 @@
 
 from __future__ import annotations
 
-import json
 import math
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+import signal
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.files import disk_errors, write_atomically
-from sfumato.checkpoints.load import check_fit, copy_into
 from sfumato.errors import NumericalError
-from sfumato.training.config import LoopConfig, OptimizerConfig, TrainingConfig
-from sfumato.training.data import WHOLE, Share
+from sfumato.training import sharding
+from sfumato.training.config import LoopConfig, TrainingConfig
+from sfumato.training.distributed import ALONE, Processes, check_batch
 from sfumato.training.ema import Ema
+from sfumato.training.metrics import MetricsFile, Window
+from sfumato.training.optimizers import learning_rate, make_optimizers, set_rates
+from sfumato.training.signals import end, stoppable
+from sfumato.training.snapshot import averages_of, fingerprint, restore, tensors_of
 from sfumato.training.state import State, latest_state, save_state
+from sfumato.training.task import Loss, Report, Task
 
-# What may change in a recipe while its run is under way.
-RESUME_FREE = {"out", "device", "notices", "name"}
-LOOP_FREE = {"images", "log_images", "save_images", "preview_images", "keep"}
-
-Report = Callable[[Mapping[str, float | str]], None]
-"""Is told each line of metrics, and warnings as {"warning": text}."""
-Loss = tuple[str, Tensor, Mapping[str, float | Tensor]]
-"""(optimizer, scalar, metrics)."""
+__all__ = ["Loss", "Report", "Task", "learning_rate", "train"]
 
 
-class Task(Protocol):
-    """What is trained: networks, batches and losses. Everything else is the loop's."""
-
-    @property
-    def modules(self) -> Mapping[str, nn.Module]:
-        """The networks whose weights are saved and averaged."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """Changes with the data and the files that training reads."""
-        ...
-
-    def optimized(self) -> Mapping[str, list[nn.Parameter]]:
-        """The parameters that each optimizer steps."""
-        ...
-
-    def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Any, None, None]:
-        """This process's share of batches of `size` from image `seen` of the run on.
-
-        They are a function of the seed and `seen` alone.
-        """
-        ...
-
-    def losses(self, batch: Any, seen: int) -> Iterator[Loss]:
-        """Yield losses in turn; the gradient of each goes to the parameters of its optimizer and no others.
-
-        Each is differentiated before the next is asked for; the optimizers step after the last. So a second
-        network, such as a discriminator, is a second loss.
-        """
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Held-out scores of the modules as they stand."""
-        ...
-
-    def preview(self, path: Path) -> None:
-        """Write a PNG sheet of what the modules can do now."""
-        ...
-
-    def finish(self, path: Path) -> None:
-        """Write the model file from the modules as they stand."""
-        ...
-
-
-def train(config: TrainingConfig, task: Task, device: torch.device, report: Report) -> Path:
+def train(
+    config: TrainingConfig, task: Task, device: torch.device, report: Report, processes: Processes = ALONE
+) -> Path:
     """Train until `config.loop.images`; returns the model file. The caller holds the folder (`lock.locked`).
 
-    Raises `NumericalError` at the first loss, gradient or weight that is not finite, before it is written;
-    `InputError` for states of another recipe, `CheckpointError` if all are damaged, `ResourceError` for a
-    full disk.
+    Asked to stop by SIGINT or SIGTERM, it saves a state after the step at hand, and raises
+    `KeyboardInterrupt` or `SystemExit(143)`. Raises `NumericalError` when `loop.bad_steps` steps in a row had
+    a loss or gradient that is not finite, and for such weights, before they are written; `InputError` for
+    states of another recipe, `CheckpointError` if all are damaged, `ResourceError` for a full disk.
     """
-    loop, out = config.loop, config.out
+    loop, out, modules = config.loop, config.out, task.modules
+    check_batch(loop.batch, processes.world)
+    sharded = loop.parallel == "fsdp" and processes.world > 1
+    if sharded:
+        sharding.shard(modules, device, processes.world, config.optimizer)
     parameters = task.optimized()
-    optimizers = {name: _adamw(group, config.optimizer) for name, group in parameters.items()}
-    ema = Ema(task.modules, loop.ema_images)
-    autocast = _autocast(loop, device)
+    if sharded:
+        sharding.check_trained(parameters, modules)
+    replicated = [p for group in parameters.values() for p in group if not sharding.is_sharded(p)]
+    buffers = [b for module in modules.values() for b in module.buffers() if b.is_floating_point()]
+    processes.copy_first(replicated)
+    optimizers = make_optimizers(config.optimizer, parameters, modules)
+    averages = averages_of(modules, loop.half_lives)
+    autocast = autocast_of(loop, device)
 
     # Resume: the newest whole state, and the metrics that belong to it.
-    fingerprint = _fingerprint(config, task)
-    state, warnings = latest_state(out / "states", fingerprint)
+    recipe = fingerprint(config, task.digest)
+    state, warnings = latest_state(out / "states", recipe, processes)
     for warning in warnings:
         report({"warning": warning})
     if state is not None:
-        _restore(state, task.modules, ema, optimizers)
+        restore(state, modules, averages, optimizers)
     seen = 0 if state is None else state.seen
-    metrics = MetricsFile(out / "metrics.jsonl", seen)
+    metrics = MetricsFile(out / "metrics.jsonl", seen) if processes.first else None
+
+    def tell(line: Mapping[str, float]) -> None:
+        if metrics is not None:
+            metrics.write(line)
+            report(line)
+
+    def score() -> None:
+        if processes.first or sharded:
+            tell({"seen": seen} | _scores(task, averages["ema"], loop.score_raw, out, seen, processes))
+
+    def save() -> None:
+        now = State(seen, recipe, tensors_of(modules, averages, optimizers))
+        save_state(out / "states", now, loop.keep, processes, loop.write_retries, report)
 
     step_images = loop.batch * loop.accumulate
-    totals: dict[str, Tensor] = {}
-    steps, since, clock = 0, seen, time.perf_counter()
-    with closing(task.batches(seen, loop.batch)) as batches:
+    unscored = metrics is not None and seen > 0 and not metrics.scored
+    if processes.largest([unscored])[0] and _due(seen, step_images, loop.preview_images, loop.images):
+        score()  # the run was stopped before it
+    window, bad_steps = Window(seen), 0
+    with stoppable() as stop, closing(task.batches(seen, loop.batch, processes.share)) as batches:
         while seen < loop.images:
             # Gradients. Dropout alone draws from the global generator, which restarts from the image count.
-            torch.manual_seed((config.seed * 1_000_003 + seen) % 2**63)
+            torch.manual_seed((config.seed * 1_000_003 + seen + processes.rank * 7_368_787) % 2**63)
             checked: dict[str, Tensor] = {}
+            measured: dict[str, Tensor] = {}
             for _ in range(loop.accumulate):
                 batch = next(batches)
                 with autocast():
                     for name, loss, values in task.losses(batch, seen):
-                        torch.autograd.backward(loss / loop.accumulate, inputs=parameters[name])
+                        inputs = None if sharded else parameters[name]  # sharded weights are no leaves
+                        torch.autograd.backward(loss / loop.accumulate, inputs=inputs)
                         checked[f"{name} loss"] = checked.get(f"{name} loss", 0) + loss.detach()
                         for key, value in values.items():
                             total = torch.as_tensor(value, dtype=torch.float32, device=device).detach()
-                            totals[key] = totals.get(key, 0) + total / loop.accumulate
+                            measured[key] = measured.get(key, 0) + total / loop.accumulate
+            processes.average(replicated)
 
             # One step of every optimizer, or none.
             for name, group in parameters.items():
-                norm = nn.utils.clip_grad_norm_(group, config.optimizer.clip_norm)
-                checked[f"{name} gradient"] = norm
-            _check_finite(checked, seen, out)
+                checked[f"{name} gradient"] = sharding.clip(group, config.optimizer.clip_norm)
+            wrong = _not_finite(checked)
+            bad, asked = processes.largest([bool(wrong), stop.signal])
+            bad_steps = bad_steps + 1 if bad else 0
+            if bad_steps == loop.bad_steps:
+                raise _diverged(wrong, seen, bad_steps, out)
             for optimizer in optimizers.values():
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.optimizer, seen, loop.images)
-                optimizer.step()
+                set_rates(config.optimizer, optimizer, seen, loop.images)
+                if not bad:
+                    optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
+            processes.copy_first(buffers)
             seen += step_images
-            steps += 1
-            ema.update(seen, step_images)
+            for average in averages.values():
+                average.update(seen, step_images)
+            window.skip() if bad else window.add(measured)
 
             # Metrics, pictures, states.
-            last = seen >= loop.images
-            if last or _passes(seen, step_images, loop.log_images):
-                now = time.perf_counter()
-                speed = (seen - since) / (now - clock)
-                line = {key: float(value) / steps for key, value in totals.items()}
-                line |= {"seen": seen, "images_per_second": speed}
-                line["seconds_left"] = max(0, loop.images - seen) / speed
-                metrics.write(line)
-                report(line)
-                totals, steps, since, clock = {}, 0, seen, now
-            if last or _passes(seen, step_images, loop.preview_images):
-                with ema.applied(), _evaluating(task.modules):
-                    scores = {"seen": seen, **task.evaluate()}
-                    task.preview(out / "previews" / f"{seen:09d}.png")
-                metrics.write(scores)
-                report(scores)
-                since, clock = seen, time.perf_counter()
-            if last or _passes(seen, step_images, loop.save_images):  # after its metrics: they are whole then
-                save_state(
-                    out / "states", _state(seen, fingerprint, task.modules, ema, optimizers), loop.keep
-                )
+            if _due(seen, step_images, loop.log_images, loop.images):
+                tell(window.line(seen, loop.images, processes))
+            if asked:
+                save()
+                told = f"{signal.Signals(asked).name}: saved at image {seen}; run again to go on"
+                report({"warning": told})
+                end(asked)
+            if _due(seen, step_images, loop.preview_images, loop.images):
+                score()
+                window.resume(seen)
+            if _due(seen, step_images, loop.save_images, loop.images):  # after its metrics: they are whole
+                save()
 
-    path = out / "model.safetensors"
-    with ema.applied(), _evaluating(task.modules):
-        task.finish(path)
-    return path
+    for name, average in averages.items():
+        file = "model.safetensors" if name == "ema" else f"model-{name}.safetensors"
+        if processes.first or sharded:
+            with _lent(task, average), sharding.whole_states(modules), _folder(out, processes) as folder:
+                task.finish(folder / file)
+    return out / "model.safetensors"
 
 
-def learning_rate(config: OptimizerConfig, seen: int, images: int) -> float:
-    """Linear warm-up, then constant, cosine to 0, or constant with the last fifth straight to 0."""
-    warm = min(1.0, (seen + 1) / (config.warmup_images + 1))
-    done = min(1.0, seen / images)
-    fall = {
-        "constant": 1.0,
-        "cosine": 0.5 + 0.5 * math.cos(math.pi * done),
-        "trapezoid": min(1.0, (1 - done) * 5),
-    }[config.decay]
-    return config.learning_rate * warm * fall
+def _scores(
+    task: Task, average: Ema, raw: bool, out: Path, seen: int, processes: Processes
+) -> dict[str, float]:
+    """Held-out scores of the averaged weights, and of the weights themselves if asked; a sheet is written."""
+    scores: dict[str, float] = {}
+    if raw:
+        with _evaluating(task.modules):
+            scores = {f"raw_{name}": value for name, value in task.evaluate().items()}
+    with _lent(task, average), _folder(out / "previews", processes) as folder:
+        scores = task.evaluate() | scores
+        task.preview(folder / f"{seen:09d}.png")
+    return scores
 
 
-class MetricsFile:
-    """JSON lines, one per report; lines past the image a run resumes from are dropped."""
-
-    def __init__(self, path: Path, seen: int) -> None:
-        self.path = path
-        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        kept = "".join(line for line in text.splitlines(keepends=True) if 0 <= _seen(line) <= seen)
-        write_atomically(path, lambda temporary: temporary.write_text(kept, encoding="utf-8"))
-
-    def write(self, values: Mapping[str, float]) -> None:
-        line = json.dumps({key: round(value, 6) for key, value in values.items()}) + "\n"
-        with disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(line)
+@contextmanager
+def _lent(task: Task, average: Ema) -> Iterator[None]:
+    """The averaged weights in the networks, which evaluate."""
+    with average.applied(), _evaluating(task.modules):
+        yield
 
 
-def _seen(line: str) -> int:
-    """The image count of a line of metrics, -1 for what a kill left half written."""
-    if not line.endswith("}\n"):
-        return -1
-    try:
-        return int(json.loads(line)["seen"])
-    except (ValueError, TypeError, KeyError):
-        return -1
+@contextmanager
+def _folder(wanted: Path, processes: Processes) -> Iterator[Path]:
+    """The folder for the process that writes; for others, who compute along, one that is thrown away."""
+    if processes.first:
+        yield wanted
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
-def _check_finite(values: Mapping[str, Tensor], seen: int, out: Path) -> None:
-    for name, value in values.items():
-        if not math.isfinite(value):
-            raise NumericalError(
-                f"the {name} is {float(value)} at image {seen}; the last state in {out / 'states'} is good",
-                'Lower optimizer.learning_rate, or use loop.precision = "float32".',
-            )
+def _not_finite(values: Mapping[str, Tensor]) -> str:
+    """The first value that is not finite, in words; empty if all are."""
+    wrong = (f"{name} is {float(value)}" for name, value in values.items() if not math.isfinite(value))
+    return next(wrong, "")
 
 
-def _passes(seen: int, step: int, every: int) -> bool:
-    return seen // every > (seen - step) // every
+def _diverged(wrong: str, seen: int, steps: int, out: Path) -> NumericalError:
+    after = f" after {steps - 1} more such steps" if steps > 1 else ""
+    return NumericalError(
+        f"the {wrong or 'loss of another process is not finite'} at image {seen}{after}; "
+        f"the last state in {out / 'states'} is good",
+        'Lower optimizer.learning_rate, or use loop.precision = "float32".',
+    )
 
 
-def _adamw(parameters: list[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    """Weight decay on matrices and kernels only, as is common for norms and biases."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
+def _due(seen: int, step: int, every: int, images: int) -> bool:
+    """Whether this step passed a multiple of `every`, or was the last."""
+    return seen >= images or seen // every > (seen - step) // every
 
 
-def _autocast(loop: LoopConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def autocast_of(loop: LoopConfig, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     wanted = loop.precision
     if wanted == "auto":
         wanted = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
@@ -239,61 +211,3 @@ def _evaluating(modules: Mapping[str, nn.Module]) -> Iterator[None]:
     finally:
         for module in modules.values():
             module.train()
-
-
-def _fingerprint(config: TrainingConfig, task: Task) -> dict[str, Any]:
-    values = config.model_dump(mode="json", exclude=RESUME_FREE)
-    values["loop"] = {key: value for key, value in values["loop"].items() if key not in LOOP_FREE}
-    values["data"].pop("path")
-    return (
-        {"data_digest": task.digest}
-        | {f"{k}.{n}": v for k, t in values.items() if isinstance(t, dict) for n, v in t.items()}
-        | {key: value for key, value in values.items() if not isinstance(value, dict)}
-    )
-
-
-def _state(
-    seen: int,
-    fingerprint: Mapping[str, Any],
-    modules: Mapping[str, nn.Module],
-    ema: Ema,
-    optimizers: Mapping[str, torch.optim.Optimizer],
-) -> State:
-    tensors = {
-        f"module.{part}.{name}": value
-        for part, module in modules.items()
-        for name, value in module.state_dict().items()
-    }
-    tensors |= {f"ema.{name}": value for name, value in ema.average.items()}
-    for part, optimizer in optimizers.items():
-        for index, values in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{part}.{index}.{key}": value for key, value in values.items()}
-    return State(seen, fingerprint, tensors)
-
-
-def _restore(
-    state: State, modules: Mapping[str, nn.Module], ema: Ema, optimizers: Mapping[str, torch.optim.Optimizer]
-) -> None:
-    """Put a state back, in place; `CheckpointError` if it is of other networks."""
-    failure = f"the state at image {state.seen} does not fit"
-    for part, module in modules.items():
-        copy_into(module, _within(state.tensors, f"module.{part}."), failure)
-    averages = _within(state.tensors, "ema.")
-    check_fit(ema.average, averages, failure)
-    for name, average in ema.average.items():
-        average.copy_(averages[name])
-    for part, optimizer in optimizers.items():
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        restored: dict[int, dict[str, Tensor]] = {}
-        for name, value in _within(state.tensors, f"optimizer.{part}.").items():
-            index, key = name.split(".")
-            like = parameters[int(index)]
-            # In the layout of the parameter, not the file's: fused AdamW walks through memory, not indices.
-            value = value.clone() if value.shape != like.shape else torch.empty_like(like).copy_(value)
-            restored.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": restored})
-
-
-def _within(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors under a prefix, without it."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -4,50 +4,80 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
+from sfumato.data.pictures import Split
 from sfumato.errors import InputError
-from sfumato.runtime import resolve_device
 from sfumato.training.config import TrainingConfig, read_config
-from sfumato.training.data import open_dataset
+from sfumato.training.data import Dataset, open_data
+from sfumato.training.distributed import joined
+from sfumato.training.finetune import FinetuneTask
 from sfumato.training.lock import locked
 from sfumato.training.loop import Report, Task, train
 from sfumato.training.tasks.autoencoder import AutoencoderTask
 from sfumato.training.tasks.classifier import ClassifierTask
 from sfumato.training.tasks.diffusion import DiffusionTask
+from sfumato.training.tasks.upscaler import UpscalerTask
 
 
 def run(config_path: Path, overrides: Sequence[str] = (), report: Report = lambda _: None) -> Path:
     """Train by the recipe at `config_path`, resuming where its `out` folder stops; returns the model file.
 
-    An interrupted run (Ctrl-C) leaves its last saved state, from which the same call goes on.
+    Several processes that torchrun started train as one; the first one reports. An interrupted run (Ctrl-C,
+    SIGTERM) saves a state, from which the same call goes on.
     Raises `InputError` for a wrong recipe, `DataError` for unusable pictures, `NumericalError` if training
     diverges, `ResourceError` for a full disk or a folder that another process trains in.
     """
     config = read_config(config_path, overrides)
-    device = resolve_device(config.device)
-    with locked(config.out):
-        torch.manual_seed(config.seed)  # initial weights
-        return train(config, make_task(config, device, report), device, report)
+    with joined(config.device) as (processes, device), ExitStack() as held:
+        told = report if processes.first else lambda _: None
+        processes.first_does(lambda: held.enter_context(locked(config.out)))
+
+        def make() -> Task:
+            torch.manual_seed(config.seed)  # initial weights
+            return make_task(config, device, told)
+
+        return train(config, processes.in_turn(make), device, told, processes)
 
 
-def make_task(config: TrainingConfig, device: torch.device, report: Report = lambda _: None) -> Task:
-    """The task of a recipe, with its networks on `device` and its data opened."""
+def make_task(
+    config: TrainingConfig,
+    device: torch.device,
+    report: Report = lambda _: None,
+    narrowed: Callable[[Dataset], Dataset] = lambda dataset: dataset,
+) -> Task:
+    """The task of a recipe, with its networks on `device` and its data opened.
+
+    narrowed: makes what is trained on and scored of the whole data sets.
+    """
     data = config.data
-    if config.out.resolve().is_relative_to(data.path.resolve()):
+    every = [
+        source
+        for folder in (data, *data.folders)
+        for source in (folder.path, folder.conditions, folder.masks)
+    ]
+    if any(source and config.out.resolve().is_relative_to(source.resolve()) for source in every):
         raise InputError(
-            f"`out` is {config.out}, inside of data.path: its sheets would be trained on",
+            f"`out` is {config.out}, inside of the pictures' folder: its sheets would be trained on",
             "Choose a folder beside the pictures.",
         )
     notice = data.path / "NOTICE"
     if not config.notices and notice.is_file():  # whoever gets the model gets the credits
         config = config.model_copy(update={"notices": notice.read_text(encoding="utf-8")})
-    dataset = open_dataset(data.path, data.shape, data.channels, "train", data.repeats)
-    held_out = open_dataset(data.path, data.shape, data.channels, "test", data.repeats)
+
+    def opened(split: Split) -> Dataset:
+        return narrowed(open_data(data, split, config.out, lambda text: report({"warning": text})))
+
+    dataset, held_out = opened("train"), opened("test")
     if config.task == "autoencoder":
-        return AutoencoderTask(config, dataset, held_out, device)
+        return AutoencoderTask(config, dataset, held_out, device, report)
+    if config.task == "finetune":
+        return FinetuneTask(config, dataset, held_out, device, _progress(report))
+    if config.task == "upscaler":
+        return UpscalerTask(config, dataset, held_out, device)
     kind = ClassifierTask if config.task == "classifier" else DiffusionTask
     return kind(config, dataset, held_out, device, _progress(report))
 

@@ -19,7 +19,7 @@ from sfumato.nn.classifier import Classifier
 from sfumato.nn.vq import VQModel
 from sfumato.runtime import channels_last, training_attention
 from sfumato.training.config import ClassifierTaskConfig, TrainingConfig
-from sfumato.training.data import WHOLE, Dataset, Position, Share, groups, to_tensor
+from sfumato.training.data import WHOLE, Dataset, Placed, Position, Share, groups, to_tensor
 from sfumato.training.latents import Batch, CachedLatents, Pixels, Progress, Source
 from sfumato.training.loop import Loss
 from sfumato.training.sheets import save_sheet
@@ -32,9 +32,10 @@ ROWS, COLUMNS = 16, 12  # classes, and pictures of each, on a sheet
 class ClassifierTask:
     """A classifier of noised pictures, or of noised latents of a finished autoencoder.
 
-    Each picture's class is in its caption, see `labelled`; those without one are left out. progress: is told
-    (encoded, of) while the pictures are encoded. Raises `InputError` for a recipe whose parts do not fit
-    together, `DataError` where a class has no picture.
+    Each picture's class is in its caption, see `labelled`, or it is the sub-folder, where there are no
+    captions; those without one are left out. progress: is told (encoded, of) while the pictures are encoded.
+    Raises `InputError` for a recipe whose parts do not fit together, `DataError` where a class has no
+    picture.
     """
 
     def __init__(
@@ -47,15 +48,19 @@ class ClassifierTask:
     ) -> None:
         self.config, self.dataset, self.device = config, dataset, device
         options = config.classifier or ClassifierTaskConfig()
-        classes = options.classes or _captions(dataset)
-        self.labels = labelled(dataset, classes)
+        by_folder = not options.classes and _by_folder(dataset)
+        classes = options.classes or by_folder or _captions(dataset)
+        label = _labels if by_folder else labelled
+        self.labels = label(dataset, classes)
+        if isinstance(dataset, Placed):
+            dataset.only(self.labels)
         missing = [name for label, name in enumerate(classes) if label not in self.labels.values()]
         if missing:
             raise DataError(
                 f"no picture in {config.data.path} is of the class {missing[0]!r} alone",
                 "Captions have to name one of classifier.classes each.",
             )
-        self.held_out_labels = labelled(held_out, classes)
+        self.held_out_labels = label(held_out, classes)
         self.held_out = held_out if self.held_out_labels else dataset  # as with a handful of pictures
         self.held_out_labels = self.held_out_labels or self.labels
 
@@ -176,6 +181,20 @@ def labelled(dataset: Dataset, classes: Sequence[str]) -> dict[int, int]:
         elif len(named) == 1:
             found[index] = named[0]
     return found
+
+
+def _by_folder(dataset: Dataset) -> tuple[str, ...]:
+    """The classes of a data set that has them as sub-folders or the like, and no captions."""
+    if not isinstance(dataset, Placed) or any(dataset.captions(index) for index in range(len(dataset))):
+        return ()
+    return dataset.classes
+
+
+def _labels(dataset: Dataset, classes: Sequence[str]) -> dict[int, int]:
+    """Index of a picture -> number of its class, as the data set has it."""
+    assert isinstance(dataset, Placed)
+    found = {index: dataset.label(index) for index in range(len(dataset))}
+    return {index: label for index, label in found.items() if label is not None}
 
 
 def _captions(dataset: Dataset) -> tuple[str, ...]:

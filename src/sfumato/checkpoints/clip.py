@@ -1,0 +1,239 @@
+"""Files of CLIP's two towers (Radford et al. 2021): one safetensors file that describes itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, cast
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from sfumato.checkpoints.build import assign
+from sfumato.checkpoints.files import open_file, write_tensors
+from sfumato.checkpoints.load import is_finite, load_file
+from sfumato.errors import CheckpointError, InputError, NumericalError
+from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
+from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionConfig, CLIPVisionEncoder
+from sfumato.presets import MAX_NUMBER, TextTable, known_keys
+from sfumato.runtime import shapes_only
+
+CLIP_KEY = "sfumato.clip"  # of the metadata, where a model file has "sfumato"
+FORMAT_VERSION = 1
+SCALE = "logit_scale"  # as Hugging Face calls it: the logarithm of what cosines are multiplied by
+
+VisionTable = Annotated[CLIPVisionConfig, known_keys(CLIPVisionConfig)]
+
+
+@dataclass(frozen=True)
+class CLIPDescription:
+    """Everything about a pair of towers but their weights.
+
+    tokenizer: the text tower's, as its own JSON. notices: credits and licences of what they learned from.
+    Raises InputError where the towers do not end in vectors of one width.
+    """
+
+    name: str
+    text: TextTable
+    vision: VisionTable
+    tokenizer: str
+    notices: str = ""
+
+    def __post_init__(self) -> None:
+        widths = (self.text.projection_dim, self.vision.projection_dim)
+        if widths[0] is None or widths[0] != widths[1]:
+            raise InputError(f"the towers' projection_dim are {widths[0]} and {widths[1]}", "Make them one.")
+
+
+@dataclass(frozen=True)
+class LoadedCLIP:
+    """Both towers in evaluation mode, frozen; logit_scale multiplies the cosines of their vectors."""
+
+    description: CLIPDescription
+    text: CLIPTextEncoder
+    vision: CLIPVisionEncoder
+    logit_scale: float
+
+
+@dataclass(frozen=True)
+class TextTower:
+    """A text encoder without its projection, frozen, and the JSON of the tokenizer that it reads."""
+
+    config: CLIPTextConfig
+    tokenizer: str
+    encoder: CLIPTextEncoder
+
+
+@dataclass(frozen=True)
+class ImageTower:
+    """An image encoder that takes pictures as the rest of the program has them; frozen."""
+
+    network: CLIPVisionEncoder
+
+    def features(self, pictures: Tensor) -> list[Tensor]:
+        """What each layer makes of pictures (b, 1 or 3, h, w) in -1..1: maps (b, width, side, side).
+
+        side: of the tower's grid of patches. Gradients reach the pictures.
+        """
+        states = self.network.vision_model(self._seen(pictures))[1:]
+        side = self.network.config.image_size // self.network.config.patch_size
+        return [state[:, 1:].transpose(1, 2).unflatten(2, (side, side)) for state in states]
+
+    def embed(self, pictures: Tensor) -> Tensor:
+        """The vectors (b, projection_dim), not of unit length, of pictures (b, 1 or 3, h, w) in -1..1."""
+        return self.network(self._seen(pictures)).embeds
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        side = self.network.config.image_size
+        return normalized(resized(pictures, side))
+
+
+def resized(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (b, c, h, w) as (b, c, side, side)."""
+    if pictures.shape[2:] == (side, side):
+        return pictures
+    return F.interpolate(pictures, (side, side), mode="bilinear", antialias=True)
+
+
+def normalized(pictures: Tensor) -> Tensor:
+    """Pictures (b, 1 or 3, h, w) in -1..1 as CLIP sees them, (b, 3, h, w)."""
+    mean, deviation = (pictures.new_tensor(values).reshape(3, 1, 1) for values in (MEAN, DEVIATION))
+    return ((pictures + 1) / 2 - mean) / deviation
+
+
+def save_clip(
+    path: Path,
+    description: CLIPDescription,
+    text: Mapping[str, Tensor],
+    vision: Mapping[str, Tensor],
+    logit_scale: float,
+) -> None:
+    """Write the towers' state dicts in half precision, the scale's logarithm, and what describes them.
+
+    Raises `NumericalError` before anything is written if a weight is not finite in float16.
+    """
+    scale = torch.tensor(logit_scale).log()
+    tensors = {name: tensor.to(torch.float16) for name, tensor in (*text.items(), *vision.items())}
+    tensors[SCALE] = scale
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise NumericalError(
+                f"{name} is not finite as float16; nothing was written", "Training diverged."
+            )
+    values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
+    write_tensors(path, tensors, {CLIP_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
+
+
+def load_clip(
+    path: Path | str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> LoadedCLIP:
+    """The towers in a file of `save_clip`; `CheckpointError` for another file or a damaged one."""
+    source = open_file(Path(path))
+    if CLIP_KEY not in source.metadata:
+        raise CheckpointError(f"{path} holds no pair of CLIP's towers", "Give the model file of a clip run.")
+    description = _described(source.metadata[CLIP_KEY], str(path))
+    towers = _empty(description, len(source.infos))
+    tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
+    for name, tensor in tensors.items():
+        if not is_finite(tensor):
+            raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get the file again.")
+    scale = tensors.pop(SCALE, None)
+    if scale is None or scale.shape != ():
+        raise CheckpointError(f"{path}: {SCALE} is missing or no number", "Get the file again.")
+    for tower in towers:
+        own = {name for name in tensors if name.startswith(tuple(f"{part}." for part in _parts(tower)))}
+        assign(tower, {name: tensors.pop(name) for name in sorted(own)}, str(path))
+    if tensors:
+        raise CheckpointError(f"{path}: no tower has {', '.join(sorted(tensors)[:5])}", "Get the file again.")
+    return LoadedCLIP(description, *towers, float(scale.float().exp()))
+
+
+def load_text_tower(path: Path | str) -> TextTower:
+    """The text encoder of a file of `save_clip`, or of anything else that holds one, in float32.
+
+    Raises `CheckpointError` where there is none, or where the file does not say by which tokenizer it reads.
+    """
+    if is_clip(Path(path)):
+        loaded = load_clip(path)
+        config, tokenizer, encoder = loaded.description.text, loaded.description.tokenizer, loaded.text
+    else:
+        file = load_file(Path(path), torch.float32)
+        encoder = cast(CLIPTextEncoder, file.module("text"))
+        config, tokenizer = encoder.config, file.config.tokenizer
+    if tokenizer is None:
+        raise CheckpointError(f"{path} holds a text encoder without its tokenizer", "Give another file.")
+    encoder.text_projection = nn.Identity()
+    encoder.config = dataclasses.replace(config, projection_dim=None)
+    return TextTower(encoder.config, tokenizer, encoder)
+
+
+def load_image_tower(path: Path | str, device: torch.device | None = None) -> ImageTower:
+    """The image encoder of a file of `save_clip`, in float32; `CheckpointError` for another file."""
+    return ImageTower(load_clip(path, device).vision)
+
+
+def is_clip(path: Path) -> bool:
+    """Whether a path is a file of `save_clip`; False for what is no file, or none of tensors."""
+    return path.suffix == ".safetensors" and path.is_file() and CLIP_KEY in open_file(path).metadata
+
+
+def _parts(tower: nn.Module) -> list[str]:
+    return [name for name, _ in tower.named_children()]
+
+
+def _empty(description: CLIPDescription, limit: int) -> tuple[CLIPTextEncoder, CLIPVisionEncoder]:
+    """The towers without values; a hostile file that describes more layers than it holds is refused."""
+    count = 0
+
+    def register(*_: object) -> None:
+        nonlocal count
+        count += 1
+        if count > limit:
+            raise CheckpointError("the file describes more layers than it holds", "Get it again.")
+
+    hook = register_module_parameter_registration_hook(register)
+    try:
+        with shapes_only():
+            return CLIPTextEncoder(description.text), CLIPVisionEncoder(description.vision)
+    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise CheckpointError(f"the file's towers cannot be built: {error}", "Get it again.") from error
+    finally:
+        hook.remove()
+
+
+def _described(text: str, source: str) -> CLIPDescription:
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no table")
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
+            )
+        numbers = [v for key in ("text", "vision") for v in values.get(key, {}).values()]
+        for number in numbers:
+            if isinstance(number, int | float) and not abs(number) <= MAX_NUMBER:
+                raise ValueError(f"it holds the number {number:g}")
+        return _adapter().validate_python(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
+        raise _damaged(source, str(error)) from error
+
+
+@cache
+def _adapter() -> TypeAdapter[CLIPDescription]:
+    return TypeAdapter(Annotated[CLIPDescription, known_keys(CLIPDescription)])
+
+
+def _damaged(source: str, reason: str) -> CheckpointError:
+    return CheckpointError(f"the description in {source} is damaged: {reason}", "Get the file again.")

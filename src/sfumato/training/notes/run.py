@@ -1,0 +1,51 @@
+"""From the notes' configuration file to a trained model: `python main.py` of the notes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from sfumato.errors import InputError
+from sfumato.training.distributed import joined
+from sfumato.training.lock import locked
+from sfumato.training.loop import Report, Task, train
+from sfumato.training.notes.ini import read_ini
+from sfumato.training.notes.keys import NotesConfig, parse
+from sfumato.training.notes.translate import advice, training_config
+from sfumato.training.tasks.reproduction import ReproductionTask, samples_of
+
+
+def run(path: Path, overrides: Sequence[str] = (), report: Report = lambda _: None) -> Path:
+    """Train by an INI file, resuming where its save_path stops; returns the model file.
+
+    overrides: `key=value` as in the file. What is wrong with the file although it runs is reported as
+    warnings. Errors as `sfumato.training.run`.
+    """
+    notes, warnings = read_notes(path, overrides)
+    with joined(notes.device) as (processes, device), ExitStack() as held:
+        told = report if processes.first else lambda _: None
+        for warning in [*warnings, *advice(notes)]:
+            told({"warning": warning})
+        samples = samples_of(training_config(notes, 1, path.stem), told)
+        config = training_config(notes, len(samples), path.stem)
+        processes.first_does(lambda: held.enter_context(locked(config.out)))
+
+        def make() -> Task:
+            torch.manual_seed(config.seed)  # initial weights
+            return ReproductionTask(config, samples, device)
+
+        return train(config, processes.in_turn(make), device, told, processes)
+
+
+def read_notes(path: Path, overrides: Sequence[str] = ()) -> tuple[NotesConfig, list[str]]:
+    """(configuration, warnings) of a file; `InputError` for one that cannot be read, or says nonsense."""
+    values, warnings = read_ini(path)
+    for override in overrides:
+        key, equals, text = override.removeprefix("--").partition("=")
+        if not equals:
+            raise InputError(f"override {override!r} has no value", "Write it as --epochs=5")
+        values[key] = text
+    return parse(values, str(path)), warnings

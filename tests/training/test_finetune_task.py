@@ -1,0 +1,248 @@
+"""Fine-tuning as runs: every method learns, resumes bit by bit, and leaves alone what it does not train."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sfumato
+from sfumato.checkpoints.files import read_tensors, sha256
+from sfumato.checkpoints.load import load_file
+from sfumato.errors import InputError
+from sfumato.training.config import TrainingConfig
+from sfumato.training.finetune import FinetuneTask
+from sfumato.training.loop import train
+from sfumato.training.run import make_task
+
+sys.path.insert(0, str(Path(__file__).parent))
+from finetune_models import BOTH, METHODS, SD1, tables, written
+
+CPU = torch.device("cpu")
+Made = Callable[..., TrainingConfig]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: written(folder, config) for name, config in BOTH.items()}
+
+
+@pytest.fixture
+def recipe(models: dict[str, Path], pictures: Path, tmp_path: Path) -> Made:
+    """A function of (method, family, out, finetune keys, other tables) that gives a recipe."""
+
+    def make(
+        method: str, family: str = "sd1", out: str = "run", more: dict[str, Any] | None = None, **other: Any
+    ) -> TrainingConfig:
+        values = tables(
+            models[family],
+            tmp_path / out,
+            pictures,
+            **{**METHODS.get(method, {"method": method}), **(more or {})},
+        )
+        for name, table in other.items():
+            values[name] = {**values[name], **table} if isinstance(table, dict) else table
+        return TrainingConfig.model_validate(values)
+
+    return make
+
+
+def ran(config: TrainingConfig) -> tuple[FinetuneTask, list[dict[str, Any]]]:
+    lines: list[dict[str, Any]] = []
+    task = make_task(config, CPU)
+    assert isinstance(task, FinetuneTask)
+    train(config, task, CPU, lambda line: lines.append(dict(line)))
+    return task, lines
+
+
+def state(config: TrainingConfig) -> dict[str, torch.Tensor]:
+    newest = max((config.out / "states").glob("[0-9]*"))
+    found: dict[str, torch.Tensor] = {}
+    for path in newest.glob("*.safetensors"):
+        found |= read_tensors(path)[0]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "rate", "left"),
+    [("full", 1e-2, 0.5), ("lora", 2e-2, 0.5), ("textual_inversion", 0.3, 0.9), ("controlnet", 2e-2, 0.5)],
+)
+def test_every_method_overfits_one_batch(recipe: Made, method: str, rate: float, left: float) -> None:
+    task = make_task(recipe(method), CPU)
+    batches = task.batches(0, 2)
+    batch = next(batches)
+    batches.close()
+    ((_, parameters),) = task.optimized().items()
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    losses: list[float] = []
+    for _ in range(30):
+        ((_, loss, _),) = task.losses(batch, 0)
+        optimizer.zero_grad()
+        loss.backward(inputs=parameters)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses[-5:]) < left * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("method", "family"),
+    [*((name, "sd1") for name in METHODS), ("lora", "sdxl"), ("textual_inversion", "sdxl")],
+)
+def test_a_killed_run_goes_on_bit_by_bit(recipe: Made, method: str, family: str) -> None:
+    whole, parted = recipe(method, family), recipe(method, family, out="parted")
+    task, _ = ran(whole)
+    ran(parted.model_copy(update={"loop": parted.loop.model_copy(update={"images": 4})}))
+    ran(parted)
+    first, second = state(whole), state(parted)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    names = {name.split(".")[1] for name in first if name.startswith("module.")}
+    assert names == set(task.modules)  # what is frozen is in no state
+
+
+@pytest.mark.parametrize("family", BOTH)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_not_trained_stays_byte_by_byte(
+    recipe: Made, models: dict[str, Path], method: str, family: str
+) -> None:
+    before = sha256(models[family])
+    task, _ = ran(recipe(method, family, more={"text": False}))
+    assert sha256(models[family]) == before
+    original = load_file(models[family], torch.float32)
+    for part in original.modules:
+        if method == "full" and part == "unet":
+            continue
+        own = dict(task.model.part(part).named_parameters())  # type: ignore[union-attr]
+        plain = {
+            name.replace(".layer.", "."): value for name, value in own.items() if ".factors." not in name
+        }
+        for name, value in original.module(part).named_parameters():
+            assert torch.equal(plain[name], value), (part, name)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_nothing(recipe: Made, method: str) -> None:
+    more = {"lora": {"rank": 2, "dropout": 0.5, "text": True}} if method == "lora" else {}
+    plain, saving = (
+        recipe(method, out=name, more=more, loop={"gradient_checkpointing": name == "saving"})
+        for name in ("plain", "saving")
+    )
+    ran(plain)
+    ran(saving)
+    first, second = state(plain), state(saving)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_whole_model_is_written_and_its_other_parts_are_the_old_ones(
+    recipe: Made, models: dict[str, Path]
+) -> None:
+    config = recipe("full", more={"text": False}, notices="by nobody")
+    task, _ = ran(config)
+    assert task.written == config.out / "model.safetensors"
+    new, old = read_tensors(task.written)[0], read_tensors(models["sd1"])[0]
+    assert new.keys() == old.keys()
+    changed = {name.split(".")[0] for name in new if not torch.equal(new[name], old[name])}
+    assert changed == {"model"}
+    model = sfumato.load(task.written, device="cpu")
+    assert (model.name, model.config.notices) == ("tuned", "by nobody")
+    assert sfumato.generate(model, sfumato.Request(prompt="a", seed=0)).images[0].size == (8, 8)
+
+
+def test_class_pictures_are_drawn_once_and_their_loss_counts(recipe: Made) -> None:
+    prior = {"prompt": "a number", "images": 5, "weight": 0.5}
+    config = recipe("lora", more={"prompt": "a pim", "prior": prior})
+    _, lines = ran(config)
+    assert any("prior_loss" in line for line in lines)
+    folder = config.out / "prior"
+    drawn = {path.name: path.read_bytes() for path in folder.glob("*.png")}
+    assert len(drawn) == 5
+    (folder / "000002.png").unlink()
+    make_task(config, CPU)
+    assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == drawn
+    other = {**prior, "prompt": "something else"}
+    with pytest.raises(InputError, match="drawn by another model"):
+        make_task(recipe("lora", more={"prior": other}), CPU)
+
+
+def test_given_class_pictures_are_taken_as_they_are(recipe: Made, pictures: Path, tmp_path: Path) -> None:
+    prior = {"prompt": "a number", "path": pictures}
+    config = recipe("full", more={"prior": prior})
+    before = sorted(pictures.iterdir())
+    task = make_task(config, CPU)
+    assert sorted(pictures.iterdir()) == before
+    assert isinstance(task, FinetuneTask) and task.prior is not None
+
+
+def test_the_prior_is_a_second_loss_of_its_weight(recipe: Made, pictures: Path) -> None:
+    prior = {"prompt": "a number", "path": pictures, "weight": 0.25}
+    task = make_task(recipe("lora", more={"prior": prior}), CPU)
+    batch = next(task.batches(0, 4))
+    (_, first, shown), (_, second, told) = task.losses(batch, 0)
+    assert first.detach().item() == pytest.approx(float(torch.as_tensor(shown["loss"]).detach()))
+    assert second.detach().item() == pytest.approx(0.25 * float(torch.as_tensor(told["prior_loss"]).detach()))
+    assert batch.prior is not None and batch.prior.order[0].seed != batch.pictures.order[0].seed
+
+
+@pytest.mark.parametrize("method", ["lora", "textual_inversion", "controlnet"])
+def test_frozen_networks_in_half_the_memory(recipe: Made, method: str) -> None:
+    exact, half = (
+        make_task(recipe(method, out=kind, more={"frozen_precision": kind}), CPU)
+        for kind in ("float32", "bfloat16")
+    )
+    assert isinstance(half, FinetuneTask) and half.model.dtype == torch.bfloat16
+    assert all(parameter.dtype == torch.float32 for parameter in half.method.parameters())
+    found = []
+    for task in (exact, half):
+        ((_, loss, _),) = task.losses(next(task.batches(0, 4)), 0)
+        loss.backward(inputs=task.optimized()[method])
+        found.append(loss.detach().item())
+    assert found[1] == pytest.approx(found[0], rel=0.1) and found[0] != found[1]
+
+
+def test_the_schedule_and_the_prediction_are_the_models_own(recipe: Made) -> None:
+    task = make_task(recipe("lora", "sdxl"), CPU)
+    assert isinstance(task, FinetuneTask) and task.objective.prediction == "v"
+    asked = make_task(recipe("lora", "sdxl", more={"prediction": "eps"}), CPU)
+    assert isinstance(asked, FinetuneTask) and asked.objective.prediction == "eps"
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "told"),
+    [
+        ("controlnet", {"control": None}, "finetune.control"),
+        ("controlnet", {"control": {"preprocessor": "cany"}}, "cany"),
+        ("controlnet", {"control": {"preprocessor": "canny", "widths": (4, 4, 4)}}, "widths"),
+        ("textual_inversion", {"inversion": None}, "finetune.inversion"),
+        (
+            "textual_inversion",
+            {"inversion": {"word": "pim", "templates": "captions"}},
+            "do not hold the word",
+        ),
+        ("textual_inversion", {"inversion": {"word": "pim", "templates": ("no place",)}}, "no place"),
+        ("textual_inversion", {"prior": {"prompt": "a"}}, "finetune.prior"),
+        ("lora", {"timestep_range": (0, 5000)}, "timestep_range"),
+    ],
+)
+def test_recipes_that_cannot_work_say_so(recipe: Made, method: str, more: dict[str, Any], told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        make_task(recipe(method, more=more), CPU)
+
+
+def test_pictures_of_another_size_or_colour(recipe: Made) -> None:
+    with pytest.raises(InputError, match="multiples of 4"):
+        make_task(recipe("lora", data={"size": 18}), CPU)
+    with pytest.raises(InputError, match=r"data\.channels"):
+        make_task(recipe("lora", data={"channels": 1}), CPU)
+
+
+def test_the_digest_tells_of_pictures_and_model(recipe: Made, models: dict[str, Path]) -> None:
+    first = make_task(recipe("lora"), CPU).digest
+    assert make_task(recipe("lora", out="again"), CPU).digest == first
+    assert make_task(recipe("lora", "sdxl"), CPU).digest != first
+    assert json.loads(load_file(models["sd1"]).config.to_json())["name"] == SD1.name
