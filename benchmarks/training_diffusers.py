@@ -17,9 +17,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from training_side import (
@@ -116,8 +117,14 @@ def main() -> None:
         with torch.no_grad():
             return autoencoder.encode(pixels).latent_dist.sample() * SCALE
 
+    kept = given.work / "reference-latents.safetensors"
+    if given.encode:
+        rows = [encoded(dataset[index][0][None]) for index in range(len(dataset))]
+        save_file({"latents": torch.cat(rows)}, kept)
+        return
     if given.cached:
-        loader = [(encoded(pixels), tokens) for pixels, tokens in loader]
+        latents = load_file(kept)["latents"]
+        loader = DataLoader(TensorDataset(latents, dataset.tokens), BATCH, shuffle=True, drop_last=True)
     watch, last, step = Watch(), 0.0, 0
     optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     rate = get_scheduler("constant", optimizer=optimizer)

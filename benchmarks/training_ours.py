@@ -62,8 +62,9 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     config, device = recipe(given.work, given.steps), torch.device("cpu")
     torch.manual_seed(0)
-    if given.cached:
+    if given.encode:
         make_task(config, device)
+        return
     watch, last = Watch(), 0.0
     task = make_task(config, device)
     parameters = sum(p.numel() for module in task.modules.values() for p in module.parameters())

@@ -60,7 +60,8 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, required=True)
-    parser.add_argument("--cached", action="store_true", help="latents are made before the clock starts")
+    parser.add_argument("--encode", action="store_true", help="make the latents and no more")
+    parser.add_argument("--cached", action="store_true", help="the latents are there")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 

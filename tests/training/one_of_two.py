@@ -66,6 +66,7 @@ class Blocks(nn.Module):
         )
         self.out = nn.Linear(8, 1)
         self.scale = nn.Parameter(torch.tensor(0.5))
+        self.mean: Tensor
         self.register_buffer("mean", torch.zeros(3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,13 +209,13 @@ def work(root: Path, recipe: Path, processes: Processes) -> None:
     said["never"] = told(lambda: broken_once(lambda: fit(config("gave-up"), Single()), second, 9))
     spoiled = Single()
     if second:
-        spoiled.losses = spoiled_losses
+        spoiled.losses = spoiled_losses  # pyright: ignore[reportAttributeAccessIssue]
     said["not finite"] = told(lambda: fit(config("spoiled", "loop.bad_steps=2"), spoiled))
 
     # One is asked to stop: both save, and go on together.
     task = Single()
     if second:
-        task.losses = asked_at(task, 16)
+        task.losses = asked_at(task, 16)  # pyright: ignore[reportAttributeAccessIssue]
     said["asked"] = told(lambda: fit(config("asked"), task))
     said["states"] = " ".join(sorted(path.name for path in (root / "asked" / "states").iterdir()))
     fit(config("asked"), Single())

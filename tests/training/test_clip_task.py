@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,9 @@ def test_any_text_encoder_will_do() -> None:
     assert tower.config == model.config.text and tower.tokenizer == model.config.tokenizer
 
 
-def damaged(tmp_path: Path, file: Path, changes: dict[str, Tensor | None], metadata: dict[str, str]) -> Path:
+def damaged(
+    tmp_path: Path, file: Path, changes: Mapping[str, Tensor | None], metadata: dict[str, str]
+) -> Path:
     tensors, old = read_tensors(file)
     kept = {**{k: v.clone() for k, v in tensors.items()}, **changes}
     path = tmp_path / "damaged.safetensors"

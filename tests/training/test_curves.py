@@ -44,9 +44,12 @@ def test_a_run_has_a_chart_for_every_kind_of_metric(tmp_path: Path) -> None:
     assert curves({"a": metrics}).size == (960, 5 * HEIGHT)
     plain = curves({"a": [{"seen": 1.0, "loss": 0.5}, {"seen": 2.0, "loss": 0.25}]})
     assert plain.size == (960, HEIGHT) and np.asarray(plain).std() > 0
-    path = draw_curves(tmp_path / "a")
-    with Image.open(path) as image:
+    draw_curves(tmp_path / "a")
+    with Image.open(tmp_path / "a" / "curves.png") as image:
         assert image.height == 5 * HEIGHT
+    (tmp_path / "metrics.jsonl").write_text('{"seen": 1, "other": 2}\n')
+    draw_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
 
 
 def test_lines_and_their_names(tmp_path: Path) -> None:

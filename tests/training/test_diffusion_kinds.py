@@ -79,11 +79,12 @@ def task_of(config: TrainingConfig) -> DiffusionTask:
     return task
 
 
-@pytest.mark.parametrize("name", [*KINDS, "pixels"])
+@pytest.mark.parametrize("name", [*KINDS, "eps", "v", "x0"])
 def test_it_overfits_one_batch(kind: Recipe, pixel: Recipe, tmp_path: Path, name: str) -> None:
     changes = {"unet": {"dropout": 0.0}}
     run = tmp_path / "run"
-    task = task_of(pixel(run, **changes) if name == "pixels" else kind(name, run, **changes))
+    in_pixels = {**changes, "diffusion": {"prediction": name}}
+    task = task_of(kind(name, run, **changes) if name in KINDS else pixel(run, **in_pixels))
     source = task.batches(0, 4)
     batch, losses = next(source), list[float]()
     source.close()
@@ -301,7 +302,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "other labels": ("labels", {"unet": {"num_classes": 5}}, "num_classes 5; this recipe needs 2 and 2"),
     "labels of noise": ("super-resolution", {"diffusion": {"classes": "vector"}}, "levels of noise"),
     "noise of nothing": ("text", {"diffusion": {"noise_levels": 5}}, "no small picture is shown"),
-    "another factor": ("super-resolution", {"diffusion": {"enlarge": 3}}, "has 2 pixels per latent"),
+    "another factor": ("super-resolution", {"diffusion": {"enlarge": 3}}, "has 2 per latent"),
     "timesteps": ("text", {"diffusion": {"timestep_range": (0, 5000)}}, "the schedule ends at 999"),
 }  # fmt: skip
 

@@ -72,6 +72,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_failure_of_every_call_is_tried_again(
     root: Path, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fail_at, told = 0, [""]
     for fail_at in range(60):
         told: list[str] = []
         with monkeypatch.context() as patch:

@@ -62,16 +62,6 @@ def test_an_autoencoder_overfits_one_batch(recipe: Recipe, tmp_path: Path) -> No
     assert losses[-1] < 0.25 * losses[0]
 
 
-@pytest.mark.parametrize("prediction", ["eps", "v", "x0"])
-def test_a_denoiser_overfits_one_batch(pixel: Recipe, tmp_path: Path, prediction: str) -> None:
-    config = pixel(
-        tmp_path / "run", optimizer=FAST, loop=LONG, unet={"dropout": 0.0},
-        diffusion={"prediction": prediction, "steps": 1, "caption_dropout": 0.0},
-    )  # fmt: skip
-    losses = losses_on_one_batch(config)
-    assert losses[-1] < 0.25 * losses[0]
-
-
 def state_of(config: TrainingConfig) -> dict[str, Tensor]:
     newest = max((config.out / "states").glob("[0-9]*"))
     return read_tensors(newest / "tensors.safetensors")[0]

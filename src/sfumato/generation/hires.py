@@ -7,14 +7,13 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from sfumato.checkpoints.upscaler import Upscaler
 from sfumato.diffusion.resize import LATENTS, resize_latents
 from sfumato.errors import InputError
 from sfumato.generation.canvas import as_tuple
 from sfumato.intake import open_picture
 from sfumato.request import Request
 from sfumato.request.large import RegionText, read_region
-from sfumato.upscale import enlarge, find_upscaler
+from sfumato.upscale import enlarge
 
 
 def passes(request: Request, multiple: int) -> list[Request]:
@@ -59,16 +58,9 @@ def second(request: Request, pictures: list[Image.Image], latents: Tensor | None
         factor = pictures[0].width // latents.shape[-1]
         init: Any = resize_latents(latents, (size[1] // factor, size[0] // factor), mode)
     else:
-        network = _network(request.hires_network, request.hires_upscaler)
-        scale = max(wanted / own for wanted, own in zip(size, pictures[0].size, strict=True))
-        larger = [enlarge(picture, network, scale) for picture in pictures]
-        init = tuple(picture.resize(size, Image.Resampling.LANCZOS) for picture in larger)
+        given = request.hires_network if request.hires_network is not None else request.hires_upscaler
+        init = tuple(enlarge(picture, given, size) for picture in pictures)
     return request.model_copy(update={"init": init, "hires": None})
-
-
-def _network(given: Any, name: str) -> Upscaler | None:
-    """The network that enlarges; None for Lanczos' filter."""
-    return given if isinstance(given, Upscaler) else find_upscaler(name if given is None else given)
 
 
 def _moved(text: str, wide: float, high: float) -> str:

@@ -39,7 +39,8 @@ PATHS = frozenset(name for name, each in Request.model_fields.items() if _names_
 ABOUT = frozenset({
     "model", "model_digest", "version", "device", "dtype", "float32_retries", "batch_size", "batch_index",
     "torch", "threads", "hardware", "picture_sha256", "tool_version", "loras", "embeddings", "Version",
-    "quality", "grid", "drawn_prompt", "drawn_negative_prompt", "steps_run", "controls",
+    "quality", "grid", "drawn_prompt", "drawn_negative_prompt", "steps_run", "controls", "upscaler",
+    "upscale", "upscaled_from", "upscaled_digest",
 }) | {f"{name}_{kind}" for name in PATHS for kind in ("sha256", "digest")}  # fmt: skip
 
 

@@ -43,9 +43,10 @@ def read_region(text: str) -> RegionText:
 
 def region_texts(value: Any) -> Any:
     """Texts of regions, or one alone."""
-    texts = (value,) if isinstance(value, str) else tuple(value)
-    for text in texts:
-        read_region(text)
+    texts = (value,) if isinstance(value, str) else value
+    for text in texts if isinstance(texts, list | tuple) else ():
+        if isinstance(text, str):  # pydantic refuses what is none
+            read_region(text)
     return texts
 
 

@@ -59,11 +59,11 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, float]]]) -> Image.Image:
     return whole
 
 
-def draw_curves(run: Path) -> Path:
-    """Write `curves.png` into the folder of a run; returns its path; errors as the two above."""
-    path = run / CURVES
-    save(curves({run.name: read_metrics(run)}), path)
-    return path
+def draw_curves(run: Path) -> None:
+    """Write `curves.png` into the folder of a run that has metrics; nothing where no chart has a line yet."""
+    metrics = read_metrics(run)
+    if any(list(_lines("", metrics, pattern, False)) for pattern in CHARTS.values()):
+        save(curves({run.name: metrics}), run / CURVES)
 
 
 def _lines(

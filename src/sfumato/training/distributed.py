@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import Store, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.rendezvous import rendezvous
 from torch.nn import functional as F
 
@@ -185,14 +186,14 @@ def joined(device: str) -> Iterator[tuple[Processes, torch.device]]:
     distributed.destroy_process_group()
 
 
-def _own_store(met: distributed.Store, rank: int, world: int) -> distributed.Store:
+def _own_store(met: Store, rank: int, world: int) -> Store:
     """A store that lives as long as the first process.
 
     That of torchrun outlives a restart, and in it the addresses of processes that are gone.
     """
     host = os.environ["MASTER_ADDR"]
     if rank == 0:
-        store = distributed.TCPStore(host, 0, world, is_master=True, timeout=WAIT, wait_for_workers=False)
+        store = TCPStore(host, 0, world, is_master=True, timeout=WAIT, wait_for_workers=False)
         met.set(ADDRESS, str(store.port))
         return store
     deadline = time.monotonic() + WAIT.total_seconds()
@@ -205,7 +206,7 @@ def _own_store(met: distributed.Store, rank: int, world: int) -> distributed.Sto
                 raise
             time.sleep(RETRY)
         else:
-            return distributed.TCPStore(host, port, world, is_master=False, timeout=WAIT)
+            return TCPStore(host, port, world, is_master=False, timeout=WAIT)
 
 
 def check_batch(batch: int, world: int) -> None:

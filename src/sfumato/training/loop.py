@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from sfumato.errors import NumericalError
 from sfumato.training import sharding
+from sfumato.training.board import Board
 from sfumato.training.config import LoopConfig, TrainingConfig
+from sfumato.training.curves import draw_curves
 from sfumato.training.distributed import ALONE, Processes, check_batch
 from sfumato.training.ema import Ema
 from sfumato.training.metrics import MetricsFile, Window
@@ -62,15 +64,20 @@ def train(
         restore(state, modules, averages, optimizers)
     seen = 0 if state is None else state.seen
     metrics = MetricsFile(out / "metrics.jsonl", seen) if processes.first else None
+    board = Board(out, seen) if loop.tensorboard and processes.first else None
 
     def tell(line: Mapping[str, float]) -> None:
         if metrics is not None:
             metrics.write(line)
+            if board is not None:
+                board.write(line)
             report(line)
 
     def score() -> None:
         if processes.first or sharded:
             tell({"seen": seen} | _scores(task, averages["ema"], loop.score_raw, out, seen, processes))
+        if processes.first:
+            draw_curves(out)
 
     def save() -> None:
         now = State(seen, recipe, tensors_of(modules, averages, optimizers))

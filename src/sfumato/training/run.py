@@ -19,7 +19,9 @@ from sfumato.training.lock import locked
 from sfumato.training.loop import Report, Task, train
 from sfumato.training.tasks.autoencoder import AutoencoderTask
 from sfumato.training.tasks.classifier import ClassifierTask
+from sfumato.training.tasks.clip import CLIPTask
 from sfumato.training.tasks.diffusion import DiffusionTask
+from sfumato.training.tasks.reproduction import ReproductionTask, samples_of
 from sfumato.training.tasks.upscaler import UpscalerTask
 
 
@@ -53,6 +55,8 @@ def make_task(
 
     narrowed: makes what is trained on and scored of the whole data sets.
     """
+    if config.task == "reproduction":
+        return ReproductionTask(config, samples_of(config, report), device)
     data = config.data
     every = [
         source
@@ -72,6 +76,8 @@ def make_task(
         return narrowed(open_data(data, split, config.out, lambda text: report({"warning": text})))
 
     dataset, held_out = opened("train"), opened("test")
+    if config.task == "clip":
+        return CLIPTask(config, dataset, held_out, device)
     if config.task == "autoencoder":
         return AutoencoderTask(config, dataset, held_out, device, report)
     if config.task == "finetune":

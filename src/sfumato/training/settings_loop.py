@@ -64,6 +64,7 @@ class LoopConfig(Section):
     parallel: Literal["ddp", "fsdp"] = Field(
         default="ddp", description="of several processes each has all weights (ddp), or its part (fsdp)"
     )
+    tensorboard: bool = Field(default=False, description="write metrics for TensorBoard too")
     compile: bool = False
     gradient_checkpointing: bool = False
     channels_last: bool = True

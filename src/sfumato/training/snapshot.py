@@ -19,7 +19,7 @@ PLACES = ("path", "conditions", "masks")
 RESUME_FREE = {"out", "device", "notices", "name"}
 LOOP_FREE = {
     "images", "log_images", "save_images", "preview_images", "keep", "write_retries", "bad_steps",
-    "score_raw", "parallel",
+    "score_raw", "parallel", "tensorboard",
 }  # fmt: skip
 
 

@@ -21,7 +21,6 @@ from sfumato.training.finetune.low_rank import adapt
 from sfumato.training.settings_finetune import FinetuneConfig
 
 TRAINED = 20  # bytes of a trained number: itself, its gradient, AdamW's two averages, the averaged weights
-KEPT_TEXTS = 32  # captions whose conditions lie in memory, for a small set of pictures
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class _Efficient(torch.autograd.Function):
         return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-class _Saved:
+class Saved:
     """Bytes of the tensors that autograd keeps, each storage once; those of `weights` are not counted."""
 
     def __init__(self, weights: set[int]) -> None:
@@ -137,14 +136,14 @@ def memory(
     ready = [unet, *texts, *([] if control is None else [control])]
     for network in ready:
         network.to(dtype)
-    saved = _Saved({p.untyped_storage()._cdata for network in ready for p in network.parameters()})
+    saved = Saved({p.untyped_storage()._cdata for network in ready for p in network.parameters()})
     stages: list[tuple[int, int]] = []  # (kept inside, output) of each block
-    hooks = _watched([unet, *([] if control is None else [control.to(dtype)])], saved, stages)
+    hooks = _watched([unet, *([] if control is None else [control])], saved, stages)
     height, width = (side // config.autoencoder.downsampling for side in size)
     with torch.device("meta"), saved_tensors_hooks(saved.keep, lambda tensor: tensor):
         tokens = torch.zeros(batch, text_config.max_position_embeddings, dtype=torch.long)
         if text_learns or words:
-            _run_texts(texts, tokens, dtype, learned=bool(words))
+            _run_texts(texts, tokens, learned=bool(words))
         context = torch.zeros(batch, tokens.shape[1], context_width(config) or 0, dtype=dtype)
         context.requires_grad_(bool(text_learns or words))
         x = torch.zeros(batch, unet_config.in_channels, height, width, dtype=dtype)
@@ -176,15 +175,14 @@ def _autoencoder(config: AutoencoderConfig) -> nn.Module:
     return NETWORKS["autoencoder"](config)
 
 
-def _run_texts(texts: list[CLIPTextEncoder], tokens: Tensor, dtype: torch.dtype, *, learned: bool) -> None:
+def _run_texts(texts: list[CLIPTextEncoder], tokens: Tensor, *, learned: bool) -> None:
     """The text encoders' own share of the backward pass; learned: by vectors in their first layer."""
     for text in texts:
-        text.to(dtype)
         embedded = text.text_model.embeddings(tokens)
         text.text_model.encoder(embedded.detach().requires_grad_(True) if learned else embedded)
 
 
-def _watched(networks: list[nn.Module], saved: _Saved, stages: list[tuple[int, int]]) -> list[Any]:
+def _watched(networks: list[nn.Module], saved: Saved, stages: list[tuple[int, int]]) -> list[Any]:
     """Hooks that note, for each block of networks, what is kept of its inside and how large its output is."""
     entered: list[int] = []
 

@@ -101,7 +101,7 @@ def check_channels(config: TrainingConfig, unet: UNetConfig, first_stage: ModelF
     factor = autoencoder.downsampling if autoencoder else None
     if config.diffusion.enlarge is not None and factor not in (None, config.diffusion.enlarge):
         raise InputError(
-            f"diffusion.enlarge is {config.diffusion.enlarge}; the autoencoder has {factor} pixels per latent",
+            f"diffusion.enlarge is {config.diffusion.enlarge}; the autoencoder has {factor} per latent",
             "Leave it out.",
         )
 

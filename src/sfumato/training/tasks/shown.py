@@ -55,7 +55,7 @@ class Inpainting:
 
 
 class StretchedPicture:
-    """In pixels: the picture made `enlarge` times smaller and stretched again, c channels (Saharia et al. 2023).
+    """In pixels: the picture made `enlarge` times smaller and stretched, c channels (Saharia et al. 2021).
 
     These are the channels of models that edit pictures, which drawing makes of a picture to start from; some
     are left out, for guidance by the picture (Brooks et al. 2023).
