@@ -30,7 +30,7 @@ SHORT = {  # what training runs are cut to, by the last word of their recipe
 }
 
 
-DRAWS = re.compile(r"sfumato (generate|info|replay|grid|upscale) ")
+DRAWS = re.compile(r"sfumato (generate|info|replay|grid|upscale|morph) ")
 
 
 def blocks(language: str) -> list[str]:
@@ -95,7 +95,7 @@ def test_training_commands(clone: Path, build: list[Path], capsys: pytest.Captur
     assert mentioned is not None
     run(mentioned[1], capsys)
     for command in commands():
-        if re.match("sfumato (train|data)|sfumato generate .* --model runs/", command):
+        if re.match("sfumato (train|data|plot|doctor)|sfumato generate .* --model runs/", command):
             run(command, capsys)
     assert build == [Path("data/illustrations")]
     assert (clone / "runs/folder/diffusion/model.safetensors").exists()
@@ -118,7 +118,7 @@ def test_commands_on_released_checkpoints(
 
 
 def test_no_command_is_forgotten():
-    others = r"sfumato (inspect|convert|train|data) |python benchmarks/quality\.py --help"
+    others = r"sfumato (inspect|convert|train|data|plot|doctor) |python benchmarks/quality\.py --help"
     known = re.compile(rf"{DRAWS.pattern}|{others}")
     assert [line for line in commands() if not INSTALL.fullmatch(line) and not known.match(line)] == []
 

@@ -109,7 +109,7 @@ def test_what_a_run_writes_and_reports(config: TrainingConfig) -> None:
     assert lines[-2]["loss"] < lines[0]["loss"] / 4
     assert [line["seen"] for line in metrics(config.out)] == [line["seen"] for line in lines]
     assert {path.name for path in config.out.iterdir()} == {
-        "metrics.jsonl", "model.safetensors", "previews", "states",
+        "curves.png", "metrics.jsonl", "model.safetensors", "previews", "states",
     }  # fmt: skip
     assert [path.name for path in sorted((config.out / "previews").iterdir())] == [
         "000000016.png", "000000032.png",

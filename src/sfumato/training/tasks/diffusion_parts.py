@@ -38,6 +38,7 @@ def told(
     starts: the models that it begins with, "start_from" and "text_from".
     """
     options = config.diffusion
+    concat_kind(options)  # whose errors come before those of the pictures
     text = config.text is not None or options.text_from is not None
     if text and options.classes == "context":
         raise InputError(
