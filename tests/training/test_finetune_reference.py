@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import peft
 import pytest
 import torch
 import transformers
@@ -169,70 +170,52 @@ def test_whole_networks(task: Callable[..., FinetuneTask]) -> None:
 
 @pytest.mark.parametrize("kind", ["attention", "convolutions"])
 def test_lora_against_peft(task: Callable[..., FinetuneTask], kind: str) -> None:
-    import peft
-
     made = task("lora", lora={"rank": 2, "alpha": 3.0, "targets": kind, "text": True})
     method = made.method
     assert isinstance(method, Lora)
     samples = first_samples(made)
-    tables_ = {
-        part: {pair.native: pair for pair in pairs(part, getattr(MODEL, part), "diffusers")}
-        for part in ("unet", "text")
-    }
-
-    def named(part: str) -> dict[str, Any]:
-        """Their layer's name -> our change of it."""
-        return {
-            tables_[part][f"{name}.weight"].foreign[0].removesuffix(".weight"): factors
-            for (each, name), factors in method.factors.items()
-            if each == part
-        }
-
     networks: dict[str, Any] = {"unet": their_unet(made), "text": their_text(made)}
-    wrapped: dict[str, Any] = {}
+    links: dict[tuple[str, str], Any] = {}  # our change -> their layer
     for part, network in networks.items():
+        theirs = {pair.native: pair.foreign[0] for pair in pairs(part, getattr(MODEL, part), "diffusers")}
         modules = dict(network.named_modules())
-        layers = {n if n in modules else n.removeprefix("text_model."): f for n, f in named(part).items()}
-        config = peft.LoraConfig(r=2, lora_alpha=3.0, target_modules=sorted(layers))
-        wrapped[part] = peft.get_peft_model(network, config)
-        for name, factors in layers.items():
-            layer = wrapped[part].base_model.model.get_submodule(name)
+        layers: dict[str, tuple[str, str]] = {}
+        for place in method.factors:
+            if place[0] == part:
+                name = theirs[f"{place[1]}.weight"].removesuffix(".weight")
+                layers[name if name in modules else name.removeprefix("text_model.")] = place
+        config = peft.LoraConfig(r=2, lora_alpha=3, target_modules=sorted(layers))
+        networks[part] = peft.get_peft_model(network, config)
+        for name, place in layers.items():
+            layer = networks[part].base_model.model.get_submodule(name)
+            links[place], factors = layer, method.factors[place]
             down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
             assert down.shape == factors.down.shape and up.shape == factors.up.shape
             # Both start uniform within the same bounds, and at zero.
             bound = 1 / math.sqrt(down[0].numel())
-            assert (
-                max(down.abs().max(), factors.down.abs().max()) <= bound
-                and not up.any()
-                and not factors.up.any()
-            )
-            nn.init.normal_(factors.up, std=0.3, generator=torch.Generator().manual_seed(factors.up.numel()))
+            assert max(down.abs().max(), factors.down.abs().max()) <= bound
+            assert not up.any() and not factors.up.any()
+            generator = torch.Generator().manual_seed(factors.up.numel())
+            nn.init.normal_(factors.up, std=0.3, generator=generator)
             down.data, up.data = factors.down.detach().clone(), factors.up.detach().clone()
-            factors.peft = layer  # type: ignore[assignment]
+    answer = networks["unet"]
     their_loss(
-        made,
-        samples,
-        lambda x, t, tokens: wrapped["unet"](x, t, text_states(wrapped["text"], tokens)).sample,
+        made, samples, lambda x, t, tokens: answer(x, t, text_states(networks["text"], tokens)).sample
     ).backward()
-    links = {id(f): f.peft for f in method.factors.values()}  # type: ignore[attr-defined]
     wanted: dict[str, Tensor] = {}
-    for (part, name), factors in method.factors.items():
-        layer = links[id(factors)]
-        key = f"lora.{part}_{name}".replace(".", "_").replace("lora_", "lora.", 1)
+    for (part, name), layer in links.items():
+        key = f"lora.{part}_{name.replace('.', '_')}"
         wanted[f"{key}.down"] = layer.lora_A["default"].weight.grad
         wanted[f"{key}.up"] = layer.lora_B["default"].weight.grad
-        del factors._modules["peft"]
     assert_near(ours(made, samples), wanted)
     before = {name: factors.up.detach().clone() for name, factors in method.factors.items()}
     torch.optim.SGD(made.optimized()["lora"], lr=RATE).step()
     for place, factors in method.factors.items():
-        step = RATE * links[id(factors)].lora_B["default"].weight.grad
+        step = RATE * links[place].lora_B["default"].weight.grad
         assert torch.allclose(factors.up, before[place] - step, atol=1e-6)
 
 
 def test_a_change_starts_as_pefts_does_from_the_same_numbers() -> None:
-    import peft
-
     from sfumato.training.finetune.low_rank import Factors
 
     for layer in (nn.Linear(12, 8), nn.Conv2d(4, 6, 3, padding=1)):
@@ -240,7 +223,8 @@ def test_a_change_starts_as_pefts_does_from_the_same_numbers() -> None:
         factors = Factors(layer, 3, 3.0, 0.0, generator)
         shell = nn.Sequential(layer)
         adapted = peft.get_peft_model(shell, peft.LoraConfig(r=3, target_modules=["0"]))
-        down = adapted.base_model.model[0].lora_A["default"]
+        wrapped: Any = adapted.base_model.model
+        down = wrapped[0].lora_A["default"]
         torch.manual_seed(5)
         down.reset_parameters()
         assert torch.equal(down.weight, factors.down)

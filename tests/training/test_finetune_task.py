@@ -144,7 +144,7 @@ def test_a_whole_model_is_written_and_its_other_parts_are_the_old_ones(
 ) -> None:
     config = recipe("full", more={"text": False}, notices="by nobody")
     task, _ = ran(config)
-    assert task.written == config.out / "model.safetensors"
+    assert task.written is not None and task.written == config.out / "model.safetensors"
     new, old = read_tensors(task.written)[0], read_tensors(models["sd1"])[0]
     assert new.keys() == old.keys()
     changed = {name.split(".")[0] for name in new if not torch.equal(new[name], old[name])}

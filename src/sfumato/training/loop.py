@@ -157,7 +157,7 @@ def _scores(
             scores = {f"raw_{name}": value for name, value in task.evaluate().items()}
     with _lent(task, average), _folder(out / "previews", processes) as folder:
         scores = task.evaluate() | scores
-        task.preview(folder / f"{seen:09d}.png")
+        scores |= task.preview(folder / f"{seen:09d}.png") or {}
     return scores
 
 

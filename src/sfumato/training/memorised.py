@@ -65,7 +65,7 @@ class Memory:
         )
 
     def sheet(self, samples: Tensor, nearest: Nearest, path: Path) -> None:
-        """Write the samples that are most like training pictures, the nearest first, each above that picture."""
+        """Write the samples that are most like training pictures, the nearest first, each above its own."""
         order = sorted(range(len(samples)), key=nearest.distances.__getitem__)[:ROWS]
         size = tuple(samples.shape[2:])
         originals = [to_tensor(self.dataset.picture(nearest.indices[place]))[None] for place in order]

@@ -53,6 +53,9 @@ class DiffusionTaskConfig(ObjectiveConfig):
     caption_dropout: Probability = Field(
         default=0.1, description="share of captions replaced by the empty one"
     )
+    nearest: bool = Field(
+        default=True, description="compare the pictures of sheets with the training pictures, to find copies"
+    )
     vocabulary: int | Literal["clip"] = Field(
         default=2048, description="tokens learned from the captions, or CLIP's own"
     )

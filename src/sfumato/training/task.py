@@ -52,8 +52,8 @@ class Task(Protocol):
         """Held-out scores of the modules as they stand."""
         ...
 
-    def preview(self, path: Path) -> None:
-        """Write a PNG sheet of what the modules can do now."""
+    def preview(self, path: Path) -> Mapping[str, float] | None:
+        """Write a PNG sheet of what the modules can do now; returns what was found out by it, if anything."""
         ...
 
     def finish(self, path: Path) -> None:

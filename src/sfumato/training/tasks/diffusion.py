@@ -26,6 +26,7 @@ from sfumato.training.config import TrainingConfig
 from sfumato.training.data import WHOLE, Dataset, Position, Share, groups
 from sfumato.training.latents import Pixels, Progress
 from sfumato.training.loop import Loss
+from sfumato.training.memorised import Memory
 from sfumato.training.objective import Drawn
 from sfumato.training.tasks import diffusion_parts as parts
 from sfumato.training.tasks.conditions import Captions, Labels, joined
@@ -77,6 +78,7 @@ class DiffusionTask:
             (self.modules if each.trained else self.frozen).update(each.modules)
         self.captions = next((each for each in told if isinstance(each, Captions)), None)
         self.labels = next((each for each in told if isinstance(each, Labels)), None)
+        self.memory: Memory | None = None
 
         # First stage: frozen. Its latents are made last, for that takes minutes.
         first_stage = None if options.autoencoder is None else load_file(options.autoencoder, torch.float32)
@@ -132,9 +134,19 @@ class DiffusionTask:
         }
         return {"held_out_loss": float(error.mean()), **by_time}
 
-    def preview(self, path: Path) -> None:
-        """A sheet drawn by default: prompts, classes, or held-out pictures and what was made of them."""
-        sheet(path, self.model, self.config, self.held_out, self.shown, self.labels and self.labels.names)
+    def preview(self, path: Path) -> dict[str, float]:
+        """A sheet drawn by default: prompts, classes, or held-out pictures and what was made of them.
+
+        Beside it what was drawn above the training pictures that it is most like, see `Memory`.
+        """
+        names = self.labels and self.labels.names
+        drawn = sheet(path, self.model, self.config, self.held_out, self.shown, names)
+        if not self.config.diffusion.nearest or self.shown:
+            return {}
+        self.memory = self.memory or Memory(self.dataset, self.held_out)
+        found = self.memory.nearest(drawn)
+        self.memory.sheet(drawn, found, path.with_name(f"{path.stem}-nearest.png"))
+        return found.scores
 
     def finish(self, path: Path) -> None:
         """Write the model file; beside it the names of its classes, in the order of their numbers."""

@@ -32,24 +32,28 @@ def sheet(
     held_out: Dataset,
     shown: Sequence[Condition],
     classes: tuple[str, ...] | None,
-) -> None:
+) -> Tensor:
     """A row of prompts or held-out captions; of each class; or held-out pictures in three rows.
 
-    The three: what the network is shown, what it draws, and the picture itself.
+    The three: what the network is shown, what it draws, and the picture itself. Returns what was drawn.
     """
     if shown:
         rows = [_three(model, config, held_out, shown[0], index) for index in _spread(held_out, COLUMNS)]
-        save_sheet(path, torch.cat([torch.stack(row) for row in zip(*rows, strict=True)]), columns=len(rows))
-    elif classes is not None:
+        seen, made, pictures = (torch.stack(row) for row in zip(*rows, strict=True))
+        save_sheet(path, torch.cat([seen, made, pictures]), columns=len(rows))
+        return made
+    if classes is not None:
         labels = range(len(classes))[: SHOWN // EACH]
-        drawn = [generate(model, Request(label=label, num_images=EACH, seed=0)).samples for label in labels]
-        save_sheet(path, torch.cat(drawn), columns=COLUMNS)
+        rounds = [generate(model, Request(label=label, num_images=EACH, seed=0)).samples for label in labels]
+        drawn = torch.cat(rounds)
     else:
         prompts = list(config.diffusion.prompts) or [
             "" if model.config.text is None else (held_out.captions(index) or [""])[0]
             for index in _spread(held_out, SHOWN)
         ]
-        save_sheet(path, draw(model, prompts, seeds=range(len(prompts))), columns=COLUMNS)
+        drawn = draw(model, prompts, seeds=range(len(prompts)))
+    save_sheet(path, drawn, columns=COLUMNS)
+    return drawn
 
 
 def _spread(dataset: Dataset, count: int) -> list[int]:
