@@ -98,7 +98,7 @@ def their_loss(
     task: FinetuneTask, samples: Samples, answer: Callable[[Tensor, Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Mean squared error of eps, with diffusers' scheduler; the noise and the timesteps are the task's."""
-    scheduler = diffusers.DDPMScheduler(
+    scheduler: Any = diffusers.DDPMScheduler(
         num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
     )
     shape = samples.clean.shape[1:]
@@ -161,7 +161,7 @@ def test_whole_networks(task: Callable[..., FinetuneTask]) -> None:
     }
     assert_near(text_found, theirs)
     # One step of SGD from equal weights and gradients.
-    own_weight = made.model.unet.out[2].weight
+    own_weight = made.model.unet.get_parameter("out.2.weight")
     before = own_weight.detach().clone()
     torch.optim.SGD(made.optimized()["full"], lr=RATE).step()
     wanted_step = before - RATE * wanted["unet.conv_out.weight"]

@@ -95,7 +95,7 @@ def digests(out: Path) -> dict[str, str]:
 
 def metrics(out: Path) -> Lines:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key} for line in lines]
+    return [{key: value for key, value in line.items() if "second" not in key and key != "busy"} for line in lines]
 
 
 def test_what_a_run_writes_and_reports(config: TrainingConfig) -> None:
@@ -104,7 +104,7 @@ def test_what_a_run_writes_and_reports(config: TrainingConfig) -> None:
     assert task.closed
     assert [line["seen"] for line in lines] == [4, 8, 12, 16, 16, 20, 24, 28, 32, 32]
     assert [line["seen"] for line in lines if "held_out" in line] == [16, 32]
-    assert {"loss", "twice", "seen", "images_per_second", "seconds_left"} == lines[0].keys()
+    assert {"loss", "twice", "seen", "images_per_second", "seconds_left", "busy"} == lines[0].keys()
     assert lines[0]["twice"] == pytest.approx(2 * lines[0]["loss"]) and lines[-2]["seconds_left"] == 0
     assert lines[-2]["loss"] < lines[0]["loss"] / 4
     assert [line["seen"] for line in metrics(config.out)] == [line["seen"] for line in lines]

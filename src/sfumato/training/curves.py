@@ -21,7 +21,7 @@ CHARTS = {
     "loss": re.compile(r"(?:raw_)?(?:held_out_)?(?:loss|l1|mse)$"),
     "held-out loss by timestep": BIN,
     "PSNR in dB": re.compile(r".*psnr$"),
-    "share": re.compile(r".*(?:accuracy|ssim|use|usage|nearest)(?:_.*)?$"),
+    "share": re.compile(r".*(?:accuracy|ssim|use|usage|used|nearest|busy)(?:_.*)?$"),
     "images per second": re.compile(r"images_per_second$"),
 }
 WIDTH, HEIGHT = 960, 420  # pixels of a chart

@@ -95,7 +95,7 @@ def train(
             checked: dict[str, Tensor] = {}
             measured: dict[str, Tensor] = {}
             for _ in range(loop.accumulate):
-                batch = next(batches)
+                batch = window.wait_for(batches)
                 with autocast():
                     for name, loss, values in task.losses(batch, seen):
                         inputs = None if sharded else parameters[name]  # sharded weights are no leaves

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor
 
 from sfumato.checkpoints.files import disk_errors, write_atomically
 from sfumato.training.distributed import Processes
 
+Batch = TypeVar("Batch")
 SPEED = "images_per_second"
 
 
@@ -29,7 +31,14 @@ class Window:
 
     def resume(self, seen: int) -> None:
         """Leave the time since the last line out of the speed."""
-        self.since, self.clock = seen, time.perf_counter()
+        self.since, self.clock, self.waited = seen, time.perf_counter(), 0.0
+
+    def wait_for(self, batches: Iterator[Batch]) -> Batch:
+        """The next batch; the time that it takes to come is not the accelerator's."""
+        began = time.perf_counter()
+        batch = next(batches)
+        self.waited += time.perf_counter() - began
+        return batch
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count a step and what it measured."""
@@ -46,8 +55,10 @@ class Window:
         if processes.world > 1:
             told = processes.gathered(means)
             means = {key: sum(each.get(key, 0.0) for each in told) / len(told) for key in means}
-        speed = (seen - self.since) / (time.perf_counter() - self.clock)
+        elapsed = time.perf_counter() - self.clock
+        speed = (seen - self.since) / elapsed
         line = means | {"seen": seen, SPEED: speed, "seconds_left": max(0, images - seen) / speed}
+        line["busy"] = 1 - self.waited / elapsed  # the share of time in which no picture was waited for
         if self.skipped:
             line["skipped_steps"] = self.skipped
         self.clear(seen)
