@@ -15,14 +15,16 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from sfumato.checkpoints.files import read_tensors
 from sfumato.data.shapes import write_shapes
+from sfumato.training.state import INDEX, latest_state
 
 IMAGES = 480
 SMOOTH = ["--optimizer.eps=1.0", "--unet.dropout=0.0"]  # dropout is drawn anew by each process
@@ -40,11 +42,20 @@ def kills() -> ModuleType:
 
 
 def apart(one: Path, other: Path) -> float:
-    """The norm of the difference of two models' weights, of the norm of the second's."""
-    a, b = (read_tensors(folder / "model.safetensors")[0] for folder in (one, other))
-    assert a.keys() == b.keys()
-    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a)
-    return (difference / sum(float(value.double().square().sum()) for value in b.values())) ** 0.5
+    """The norm of the difference of two runs' last weights, of the norm of how far the second's moved."""
+    a, b, start = (state_of(folder) for folder in (one, other, other.with_name("start")))
+    names = [name for name in b if name.startswith("module.")]
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in names)
+    moved = sum(float((start[name].double() - b[name].double()).square().sum()) for name in names)
+    return (difference / moved) ** 0.5
+
+
+def state_of(run: Path) -> Mapping[str, Tensor]:
+    """The tensors of a run's last state, whoever wrote it."""
+    index = json.loads((sorted((run / "states").iterdir())[-1] / INDEX).read_text(encoding="utf-8"))
+    state, _ = latest_state(run / "states", index["fingerprint"])
+    assert state is not None
+    return state.tensors
 
 
 def compared(root: Path, recipe: Path, processes: int, overrides: list[str]) -> dict[str, Any]:
@@ -55,6 +66,8 @@ def compared(root: Path, recipe: Path, processes: int, overrides: list[str]) -> 
         f"{processes} processes, ddp": (processes, ['--loop.parallel="ddp"']),
         f"{processes} processes, fsdp": (processes, ['--loop.parallel="fsdp"']),
     }
+    # The first step of the warm-up moves next to nothing: its state stands for the start.
+    soak.finish(soak.prepared(recipe, root / "start", 1, [*overrides, "--loop.images=1"]))
     found: dict[str, Any] = {}
     for name, (count, words) in ways.items():
         ends = []

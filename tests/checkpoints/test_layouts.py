@@ -200,6 +200,9 @@ def unet_2d(config: UNetConfig) -> dict[str, Any]:
     }
     if config.middle != "attention":
         options["mid_block_type"] = {"residual": "UNetMidBlock2D", "none": None}[config.middle]
+    if config.disable_self_attentions is not None:
+        options |= {"only_cross_attention": list(config.disable_self_attentions), "num_class_embeds": 1000,
+                    "mid_block_only_cross_attention": False}  # fmt: skip
     if config.num_classes == "sequential":
         options |= {
             "addition_embed_type": "text_time", "addition_time_embed_dim": 256,

@@ -181,7 +181,7 @@ def test_a_loss_falls_and_a_restored_optimizer_goes_on_bit_by_bit(name: Any) -> 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
         return losses
 
     modules, made = begun()

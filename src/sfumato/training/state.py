@@ -147,7 +147,7 @@ def _mine(tensors: Mapping[str, Tensor], processes: Processes) -> dict[str, Tens
     """This process's rows of sharded tensors, and its part of the others, so that all write equally much."""
     written = [0] * processes.world
     mine = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # a resumed run has them in another order
         if is_sharded(tensor):
             if local(tensor).numel():  # fewer rows than processes leave the last without any
                 mine[name] = local(tensor)
@@ -169,7 +169,7 @@ def _layout(state: State, files: Mapping[str, str]) -> dict[str, Any]:
                 "shape": list(tensor.shape),
                 "begins": [rows(tensor.shape[0], rank, world)[0] for rank in range(world)],
             }
-            for name, tensor in state.tensors.items()
+            for name, tensor in sorted(state.tensors.items())
             if is_sharded(tensor)
         },
     }
