@@ -255,3 +255,23 @@ def test_ctrl_c_in_a_terminal(place: Path, tiny_model_file: Path) -> None:
         os.close(ours)
     assert b"drawing" in shown and b"Traceback" not in shown
     assert names(place) == []
+
+
+def test_pictures_can_be_watched_as_they_come_to_be(
+    place: Path, tiny_model_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[bytes] = []
+    kept = StableDiffusion.preview_latents
+
+    def preview(self: StableDiffusion, latents: torch.Tensor) -> torch.Tensor:
+        if (place / "watch.png").exists():
+            shown.append((place / "watch.png").read_bytes())
+        return kept(self, latents)
+
+    monkeypatch.setattr(StableDiffusion, "preview_latents", preview)
+    asked = ["generate", "a red apple", "--seed", "1", "--steps", "3", "--num-images", "2"]
+    assert main([*asked, "--model", str(tiny_model_file), "--watch", "watch.png"]) == 0
+    shown.append((place / "watch.png").read_bytes())
+    assert len(set(shown)) == 3
+    with Image.open(place / "watch.png") as image:
+        assert image.width > image.height

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sfumato.cli.progress import progress_line
@@ -13,14 +14,21 @@ if TYPE_CHECKING:
     from sfumato.model import StableDiffusion
 
 
-def drawn(model: StableDiffusion, request: Request, label: str = "drawing") -> Result:
-    """The pictures of a request from `complete`, with its warnings and a progress line on stderr."""
+def drawn(
+    model: StableDiffusion, request: Request, label: str = "drawing", watch: Path | None = None
+) -> Result:
+    """The pictures of a request from `complete`, with its warnings and a progress line on stderr.
+
+    watch: a PNG file that shows what each step makes of them, by the model's preview decoder if it has one.
+    """
+    from sfumato.checkpoints.files import write_atomically
     from sfumato.generation import (  # imports torch, which help texts do without
         Notes,
         finish,
         in_turn,
         stream,
     )
+    from sfumato.images import grid, preview
 
     told = 0
 
@@ -34,6 +42,9 @@ def drawn(model: StableDiffusion, request: Request, label: str = "drawing") -> R
         show, last = progress_line(label), None
         for last in steps:
             show(min(last.index + 1, count - 1), count)  # some samplers take more, others fewer
+            if watch is not None:
+                shown = [preview(one) for one in model.preview_latents(last.denoised)]
+                write_atomically(watch, lambda temporary: grid(shown).save(temporary, "PNG"))  # noqa: B023
         show(count, count)
         assert last is not None
         return finish(model, stage, last, notes, 0.0)

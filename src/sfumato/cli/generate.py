@@ -40,6 +40,9 @@ def generate(
     grid: Annotated[
         bool, Parameter(negative=(), show_default=False, help="Also write one sheet of all pictures.")
     ] = False,
+    watch: Annotated[
+        Path | None, Parameter(metavar="FILE", help="PNG file that shows the pictures as they come to be.")
+    ] = None,
     matrix: Annotated[
         bool,
         Parameter(
@@ -93,7 +96,9 @@ def generate(
         plans = [plan.model_copy(update={"seed": plans[0].seed}) for plan in plans]
     results, steps = [], ""
     for index, plan in enumerate(plans):
-        result = drawn(loaded, plan, f"drawing {index + 1}/{len(plans)}" if len(plans) > 1 else "drawing")
+        result = drawn(
+            loaded, plan, f"drawing {index + 1}/{len(plans)}" if len(plans) > 1 else "drawing", watch
+        )
         own = where if len(plans) == 1 else where.numbered(index, len(plans))
         if isinstance(plan.init, Path) and request.init != plan.init and plan.num_images == 1:
             own = own.after(plan.init)
