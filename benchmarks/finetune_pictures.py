@@ -1,6 +1,6 @@
 """Two small sets to fine-tune the embedded model on, made of a built illustration set.
 
-`night`: 36 drawings in gold on blue, a style that the model has never seen; each caption names it.
+`night`: 36 drawings as embers in the night, a style that the model has never seen; each caption names it.
 `pim`: 24 pictures of one figure of the held-out split, on several backgrounds, for a word of its own.
 
 Run: python benchmarks/finetune_pictures.py data/illustrations data/fine-tuning
@@ -17,7 +17,8 @@ from PIL import Image
 from sfumato.data.pictures import Pictures, Row
 
 SIDE = 64
-NIGHT, GOLD = np.array([24, 28, 92]), np.array([255, 226, 130])
+# Colours that the embedded model's autoencoder keeps; gold on blue, for one, comes back green.
+NIGHT, EMBER = np.array([20, 20, 24]), np.array([255, 160, 60])
 STYLE_OBJECTS = 36
 FIGURE = "avatar-critters-test-00140"
 BACKGROUNDS = {
@@ -51,9 +52,9 @@ def main(source: Path, out: Path) -> None:
 
 
 def night(picture: Image.Image) -> Image.Image:
-    """The picture's darkness as light: gold on a blue night."""
+    """The picture's darkness as light: embers in the night."""
     darkness = 1 - np.asarray(picture.convert("L"), dtype=np.float32)[..., None] / 255
-    return Image.fromarray((NIGHT + (GOLD - NIGHT) * np.sqrt(darkness)).astype(np.uint8))
+    return Image.fromarray((NIGHT + (EMBER - NIGHT) * np.sqrt(darkness)).astype(np.uint8))
 
 
 def on_background(picture: Image.Image, colour: tuple[int, int, int], shift: int) -> Image.Image:

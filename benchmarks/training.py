@@ -127,7 +127,7 @@ def case(name: str, work: Path, steps: int, threads: int, pairs: int) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=64, help="of each run: 64 are four epochs")
+    parser.add_argument("--steps", type=int, default=160, help="of each run: 160 are ten epochs")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--noisy", action="store_true", help="say in the result that the machine was busy")

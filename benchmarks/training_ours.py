@@ -26,15 +26,18 @@ from training_side import (
 )
 
 
-def recipe(work: Path, steps: int) -> TrainingConfig:
-    """The recipe folder-diffusion.toml with a frozen text encoder, as the reference's script has it."""
+def recipe(work: Path, steps: int, text_cache: bool) -> TrainingConfig:
+    """The recipe folder-diffusion.toml with a frozen text encoder, as the reference's script has it.
+
+    text_cache: captions are encoded once, as latents are; not where bare steps are compared.
+    """
     images = steps * BATCH
     values: dict[str, Any] = {
         "task": "diffusion", "out": work / "ours", "device": "cpu",
         "data": {"path": work / "pictures", "size": PIXELS, "workers": 0},
         "diffusion": {
             "autoencoder": work / "ours-autoencoder.safetensors", "text_from": work / "ours-text.safetensors",
-            "text_trainable": False, "caption_dropout": 0.0, "steps": 1,
+            "text_trainable": False, "text_cache": text_cache, "caption_dropout": 0.0, "steps": 1,
         },
         "unet": {
             "in_channels": CHANNELS, "out_channels": CHANNELS, "model_channels": WIDTHS[0],
@@ -60,7 +63,7 @@ class Measured(Exception):
 def main() -> None:
     given = options()
     torch.set_num_threads(given.threads)
-    config, device = recipe(given.work, given.steps), torch.device("cpu")
+    config, device = recipe(given.work, given.steps, not (given.cached or given.encode)), torch.device("cpu")
     torch.manual_seed(0)
     if given.encode:
         make_task(config, device)

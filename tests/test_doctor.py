@@ -28,6 +28,7 @@ from sfumato.doctor import (
 )
 from sfumato.errors import InputError
 from sfumato.model import StableDiffusion
+from sfumato.presets import PARTS
 
 THREE = list(SCHEDULES)[:1] + list(SCHEDULES)[2:4]
 SIGNS = torch.randint(2, (16, 2, 8, 8), generator=torch.Generator().manual_seed(1)) * 2.0 - 1
@@ -109,7 +110,7 @@ def test_the_embedded_model_is_well_and_lies_are_found() -> None:
         ),
         {
             part: module
-            for part in ("unet", "autoencoder", "text")
+            for part in PARTS
             if (module := model.part(part)) is not None
         },
     )

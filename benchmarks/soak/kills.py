@@ -9,6 +9,7 @@ Run: python benchmarks/soak/kills.py --kills 20 --out benchmarks/soak/results/ki
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -22,7 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.files import sha256
+import torch
+
+from sfumato.checkpoints.files import read_tensors
 from sfumato.data.shapes import write_shapes
 
 LOOP = """
@@ -166,10 +169,19 @@ def finish(run: Run) -> float:
 
 
 def weights(run: Run) -> dict[str, str]:
-    """Digests of the files that a run leaves for use, and of everything in its last state."""
+    """Digests of the weights that a run leaves for use, and of everything in its last state."""
     last = sorted((run.out / "states").iterdir())[-1]
     files = [*run.out.glob("*.safetensors"), *last.glob("*.safetensors")]
-    return {str(path.relative_to(run.out)): sha256(path) for path in sorted(files)}
+    return {str(path.relative_to(run.out)): digest(path) for path in sorted(files)}
+
+
+def digest(path: Path) -> str:
+    """Of a file's tensors: safetensors writes several texts of metadata, as LoRAs have them, in any order."""
+    told = hashlib.sha256()
+    for name, tensor in sorted(read_tensors(path)[0].items()):
+        told.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        told.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return told.hexdigest()
 
 
 def victim(child: subprocess.Popen[bytes], processes: int, chance: random.Random) -> int:

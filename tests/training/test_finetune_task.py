@@ -197,3 +197,14 @@ def test_the_digest_tells_of_pictures_and_model(recipe: Made, models: dict[str, 
     assert make_task(recipe("lora", out="again"), CPU).digest == first
     assert make_task(recipe("lora", "sdxl"), CPU).digest != first
     assert json.loads(load_file(models["sd1"]).config.to_json())["name"] == SD1.name
+
+
+def test_other_averages_are_written_beside_the_first(recipe: Made) -> None:
+    for method, first in (("lora", "tuned"), ("textual_inversion", "embeddings/pim"), ("full", "model")):
+        task = make_task(recipe(method, out=method), CPU)
+        assert isinstance(task, FinetuneTask)
+        out = task.config.out
+        task.finish(out / "model.safetensors")
+        task.finish(out / "model-ema-5.safetensors")
+        assert task.written == out / f"{first}.safetensors"
+        assert (out / f"{first}-ema-5.safetensors").is_file()

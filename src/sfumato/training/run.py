@@ -42,7 +42,9 @@ def run(config_path: Path, overrides: Sequence[str] = (), report: Report = lambd
             torch.manual_seed(config.seed)  # initial weights
             return make_task(config, device, told)
 
-        return train(config, processes.in_turn(make), device, told, processes)
+        task = processes.in_turn(make)
+        path = train(config, task, device, told, processes)
+        return task.written or path if isinstance(task, FinetuneTask) else path
 
 
 def make_task(
@@ -84,8 +86,12 @@ def make_task(
         return FinetuneTask(config, dataset, held_out, device, _progress(report))
     if config.task == "upscaler":
         return UpscalerTask(config, dataset, held_out, device)
-    kind = ClassifierTask if config.task == "classifier" else DiffusionTask
-    return kind(config, dataset, held_out, device, _progress(report))
+    if config.task == "classifier":
+        return ClassifierTask(config, dataset, held_out, device, _progress(report))
+    task = DiffusionTask(config, dataset, held_out, device, _progress(report))
+    for text in task.warnings:
+        report({"warning": text})
+    return task
 
 
 def _progress(report: Report) -> Callable[[int, int], None]:

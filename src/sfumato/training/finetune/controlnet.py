@@ -61,9 +61,9 @@ class Control:
         assert hints is not None
         return draw(_Shown(self, hints), prompts, seeds=range(len(prompts)))
 
-    def write(self, out: Path) -> Path:
+    def write(self, out: Path, tail: str = "") -> Path:
         base = self.base
-        path = out / f"{base.config.name}.safetensors"
+        path = out / f"{base.config.name}{tail}.safetensors"
         more = {"notices": base.config.notices} if base.config.notices else {}
         write_controlnet(path, self.control, base.save_dtype(base.own_dtype), more)
         return path

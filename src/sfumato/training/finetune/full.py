@@ -42,9 +42,9 @@ class Full:
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
         return draw(self.base.model, prompts, seeds=range(len(prompts)))
 
-    def write(self, out: Path) -> Path:
+    def write(self, out: Path, tail: str = "") -> Path:
         """A whole model; the networks that were not trained are those of the file it came from."""
-        base, path = self.base, out / "model.safetensors"
+        base, path = self.base, out / f"model{tail}.safetensors"
         untouched = base.reopened()
         parts = {
             part: (self.modules[part] if part in self.modules else untouched.module(part)).state_dict()

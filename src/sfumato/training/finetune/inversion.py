@@ -76,13 +76,13 @@ class Inversion:
         ]
         return torch.cat([generate(self.base.model, request).samples for request in requests])
 
-    def write(self, out: Path) -> Path:
+    def write(self, out: Path, tail: str = "") -> Path:
         """A1111's form, in a folder by itself, and diffusers' beside that folder."""
         vectors = {part: vector.detach() for part, vector in self.vectors.items()}
         word, dtype = self.options.word, self.base.save_dtype(torch.float32)
-        path = out / FOLDER / f"{word}.safetensors"
+        path = out / FOLDER / f"{word}{tail}.safetensors"
         write_embedding(path, word, vectors, "a1111", dtype)
-        write_embedding(out / "learned_embeds.safetensors", word, vectors, "diffusers", dtype)
+        write_embedding(out / f"learned_embeds{tail}.safetensors", word, vectors, "diffusers", dtype)
         return path
 
     def _start(self, part: str) -> Tensor:

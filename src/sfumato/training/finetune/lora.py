@@ -53,7 +53,7 @@ class Lora:
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
         return draw(self.base.model, prompts, seeds=range(len(prompts)))
 
-    def write(self, out: Path) -> Path:
+    def write(self, out: Path, tail: str = "") -> Path:
         """Kohya's dialect under the run's name, which is the one most programs read, and PEFT's beside it."""
         layers = [
             LowRank(part, name, factors.down.detach(), factors.up.detach(), factors.alpha)
@@ -61,8 +61,8 @@ class Lora:
         ]
         name, dtype = self.base.config.name, self.base.save_dtype(torch.float32)
         more = {"notices": self.base.config.notices} if self.base.config.notices else {}
-        path = out / f"{name}.safetensors"
-        dialects: dict[Path, Dialect] = {path: "kohya", out / f"{name}-peft.safetensors": "peft"}
+        path = out / f"{name}{tail}.safetensors"
+        dialects: dict[Path, Dialect] = {path: "kohya", out / f"{name}{tail}-peft.safetensors": "peft"}
         for place, dialect in dialects.items():
             write_lora(place, self.base.model.config, layers, dialect, dtype, {"title": name, **more})
         return path

@@ -94,8 +94,11 @@ class Method(Protocol):
         """Pictures (n, c, h, w), about -1..1, the i-th with seed i."""
         ...
 
-    def write(self, out: Path) -> Path:
-        """Write what was trained into the folder of the run; returns the file that is used first."""
+    def write(self, out: Path, tail: str = "") -> Path:
+        """Write what was trained into the folder of the run; returns the file that is used first.
+
+        tail: of the files' names, for other averages of the weights.
+        """
         ...
 
 

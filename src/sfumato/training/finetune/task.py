@@ -177,7 +177,9 @@ class FinetuneTask:
         save_sheet(path, drawings, columns)
 
     def finish(self, path: Path) -> None:
-        self.written = self.method.write(path.parent)
+        tail = path.stem.removeprefix("model")
+        written = self.method.write(path.parent, tail)
+        self.written = self.written if tail else written
 
     def _losses(self, samples: Samples, captions: list[str | None] | list[str]) -> Tensor:
         return self._errors(samples, captions, objective.losses)
