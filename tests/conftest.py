@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, in processes that tests start too
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from dataclasses import replace
 from pathlib import Path
 
