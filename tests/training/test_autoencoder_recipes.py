@@ -16,7 +16,8 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.name for path in CONFIGS.glob("*autoencoder*.toml"))
 SMALL = (
     "device=cpu", "data.size=32", "data.repeats={}", "data.workers=0", "first_stage.ch=8",
-    "first_stage.resolution=32", "loop.images=4", "loop.batch=2", "loop.log_images=2", "loop.save_images=4", "loop.preview_images=4",
+    "first_stage.resolution=32", "loop.images=4", "loop.batch=2", "loop.log_images=2", "loop.save_images=4",
+    "loop.preview_images=4",
     "loop.precision=float32", "autoencoder.preview_images=4", "autoencoder.disc_start=2",
     "autoencoder.disc_width=8",
 )  # fmt: skip

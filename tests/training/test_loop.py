@@ -95,7 +95,9 @@ def digests(out: Path) -> dict[str, str]:
 
 def metrics(out: Path) -> Lines:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if "second" not in key and key != "busy"} for line in lines]
+    return [
+        {key: value for key, value in line.items() if "second" not in key and key != "busy"} for line in lines
+    ]
 
 
 def test_what_a_run_writes_and_reports(config: TrainingConfig) -> None:

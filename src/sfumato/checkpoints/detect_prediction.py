@@ -61,7 +61,7 @@ def weigh(
             return _evidence(found, f"the metadata say {key} = {metadata[key]}", flags[1])
     if flags[0]:
         return _evidence("v", "the file has a tensor named v_pred", flags[1])
-    if family in FAMILIES and FAMILIES[family].prediction == "v" and family != "sd2":
+    if family is not None and family != "sd2" and family in FAMILIES and FAMILIES[family].prediction == "v":
         return _evidence("v", f"it is what {family} predicts", flags[1])
     if base != "sd2":
         return _evidence("eps", "it is what this family predicts", flags[1])

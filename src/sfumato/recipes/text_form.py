@@ -39,7 +39,8 @@ TEXT_FIELDS = {  # ours -> theirs, in the order they are written
 }
 ENLARGERS = {  # ours -> theirs
     "latent": "Latent", "latent-bilinear-antialiased": "Latent (antialiased)",
-    "latent-bicubic": "Latent (bicubic)", "latent-bicubic-antialiased": "Latent (bicubic antialiased)", "latent-nearest": "Latent (nearest)",
+    "latent-bicubic": "Latent (bicubic)",
+    "latent-bicubic-antialiased": "Latent (bicubic antialiased)", "latent-nearest": "Latent (nearest)",
     "latent-nearest-exact": "Latent (nearest-exact)", "lanczos": "Lanczos",
 }  # fmt: skip
 OPTION_FIELDS = {  # (field, option) -> theirs
