@@ -108,11 +108,7 @@ def test_the_embedded_model_is_well_and_lies_are_found() -> None:
         replace(
             model.config, prediction="eps", schedule=ScheduleConfig("linear", beta_start=1e-4, beta_end=0.02)
         ),
-        {
-            part: module
-            for part in PARTS
-            if (module := model.part(part)) is not None
-        },
+        {part: module for part in PARTS if (module := model.part(part)) is not None},
     )
     faults = [finding.found for finding in examine(liar) if finding.level == "fault"]
     assert len(faults) == 2 and "predicts v, not eps" in faults[0] and "Stable Diffusion's" in faults[1]
