@@ -15,6 +15,8 @@ from torch import Tensor
 
 from sfumato import Request
 from sfumato.checkpoints.control_layouts import control_pairs
+from sfumato.checkpoints.control_write import write_controlnet
+from sfumato.checkpoints.controls import load_control
 from sfumato.checkpoints.layouts import to_foreign
 from sfumato.cli import main
 from sfumato.diffusion.control import Influence
@@ -255,6 +257,19 @@ def test_a_network_is_found_by_its_kind(
         drawn(tiny_model, ControlPicture(kind="blur", picture=noisy()), control_dir=tmp_path)
     with pytest.raises(InputError, match="has no network"):
         drawn(tiny_model, asked)
+
+
+def test_a_network_that_was_trained_here_is_read_as_it_was(
+    tiny_model: StableDiffusion, network: ControlNet, tmp_path: Path
+) -> None:
+    """Its heads and groups are other than a released network's of these widths would be."""
+    path = tmp_path / "own.safetensors"
+    write_controlnet(path, network, torch.float32)
+    read = load_control(path)
+    assert isinstance(read, ControlNet)
+    ours, theirs = network.config.encoder, read.config.encoder
+    assert (theirs.num_groups, theirs.num_heads) == (ours.num_groups, ours.num_heads) == (8, 2)
+    assert torch.equal(drawn(tiny_model, of(path)), drawn(tiny_model, of(network)))
 
 
 def test_a_network_of_another_model_is_told(tiny_model: StableDiffusion, network: ControlNet) -> None:

@@ -52,8 +52,8 @@ DIFFUSERS = Names(
 def read_controlnet(shapes: Shapes, layout: str, metadata: Mapping[str, str]) -> ControlNetConfig:
     """The options of the control network whose tensors have these names and shapes, less a prefix.
 
-    layout: "ldm" or "diffusers". Heads are told by `metadata` (num_heads, num_head_channels), else by the
-    family. `CheckpointError` for a network that no ControlNetConfig describes.
+    layout: "ldm" or "diffusers". Heads and groups are told by `metadata` (num_heads, num_head_channels,
+    num_groups), else by the family. `CheckpointError` for a network that no ControlNetConfig describes.
     """
     modules = tree(shapes)
     names = LDM if layout == "ldm" else DIFFUSERS
@@ -63,6 +63,8 @@ def read_controlnet(shapes: Shapes, layout: str, metadata: Mapping[str, str]) ->
     try:
         encoder = UNetConfig(**_options(names, levels, modules, shapes))
         encoder, _ = with_heads(encoder, family_of(encoder), base_of({}, encoder), metadata)
+        if (groups := metadata.get("num_groups", "")).isdecimal():  # which no shape tells
+            encoder = replace(encoder, num_groups=int(groups))
         return ControlNetConfig(encoder, *_hint(names, modules, shapes))
     except InputError as error:
         raise CheckpointError(
