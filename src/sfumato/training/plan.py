@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from sfumato.runtime import resolve_device
 from sfumato.training.config import TrainingConfig
 from sfumato.training.data import Dataset
+from sfumato.training.finetune.memory import Saved
 from sfumato.training.loop import autocast_of
 from sfumato.training.optimizers import make_optimizers
 from sfumato.training.run import make_task
@@ -164,26 +164,19 @@ def _activations(task: Task, config: TrainingConfig, device: torch.device) -> tu
 
 def _kept(task: Task, count: int, config: TrainingConfig, device: torch.device) -> int:
     """Bytes that the graph of the largest loss of a batch of `count` keeps, but for weights and constants."""
-    fixed = {p.untyped_storage().data_ptr() for module in _networks(task) for p in module.parameters()}
-    sizes: dict[int, int] = {}
-
-    def keep(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return value
-
+    fixed = {p.untyped_storage()._cdata for module in _networks(task) for p in module.parameters()}
+    saved = Saved(fixed)
     largest, parameters = 0, task.optimized()
     with closing(task.batches(0, count)) as batches:
         batch = next(batches)
         with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda value: value),
+            torch.autograd.graph.saved_tensors_hooks(lambda value: saved.keep(value), lambda value: value),
             autocast_of(config.loop, device)(),
         ):
             for name, loss, _ in task.losses(batch, 0):
-                largest = max(largest, sum(sizes.values()))
+                largest = max(largest, saved.bytes)
                 torch.autograd.backward(loss, inputs=parameters[name])
-                sizes.clear()
+                saved = Saved(fixed)
     for group in parameters.values():
         for parameter in group:
             parameter.grad = None

@@ -13,7 +13,7 @@ from sfumato.data.pictures import Split
 from sfumato.errors import InputError
 from sfumato.training.config import TrainingConfig, read_config
 from sfumato.training.data import Dataset, open_data
-from sfumato.training.distributed import joined
+from sfumato.training.distributed import Processes, joined
 from sfumato.training.finetune import FinetuneTask
 from sfumato.training.lock import locked
 from sfumato.training.loop import Report, Task, train
@@ -34,16 +34,28 @@ def run(config_path: Path, overrides: Sequence[str] = (), report: Report = lambd
     diverges, `ResourceError` for a full disk or a folder that another process trains in.
     """
     config = read_config(config_path, overrides)
-    with joined(config.device) as (processes, device), ExitStack() as held:
+    with joined(config.device) as (processes, device):
         told = report if processes.first else lambda _: None
+        return trained(config, lambda: make_task(config, device, told), device, told, processes)
+
+
+def trained(
+    config: TrainingConfig,
+    make: Callable[[], Task],
+    device: torch.device,
+    report: Report,
+    processes: Processes,
+) -> Path:
+    """Train the task that `make` builds, in turn in every process, and hold the run's folder meanwhile."""
+    with ExitStack() as held:
         processes.first_does(lambda: held.enter_context(locked(config.out)))
 
-        def make() -> Task:
+        def seeded() -> Task:
             torch.manual_seed(config.seed)  # initial weights
-            return make_task(config, device, told)
+            return make()
 
-        task = processes.in_turn(make)
-        path = train(config, task, device, told, processes)
+        task = processes.in_turn(seeded)
+        path = train(config, task, device, report, processes)
         return task.written or path if isinstance(task, FinetuneTask) else path
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.checkpoints.save import save_file
-from sfumato.conditioning import Conditioning
 from sfumato.errors import InputError
-from sfumato.generation import draw
+from sfumato.training.finetune.as_it_is import AsItIs
 from sfumato.training.finetune.captions import Captions
-from sfumato.training.finetune.method import Base, owned, trained_parameters
+from sfumato.training.finetune.method import Base, owned
 
 
-class Full:
+class Full(AsItIs):
     """All weights of the U-Net, and of the text encoders with `finetune.text`."""
 
     def __init__(self, base: Base) -> None:
@@ -29,18 +28,6 @@ class Full:
         self.captions = Captions(base.model, base.size, learned=learned)
         parts = {"unet": base.model.unet, **(base.text_parts if learned else {})}
         self.modules: Mapping[str, nn.Module] = {name: owned(module) for name, module in parts.items()}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return trained_parameters(self.modules)
-
-    def condition(self, captions: Sequence[str | None]) -> Conditioning:
-        return self.captions(captions)
-
-    def network(self, x: Tensor, t: Tensor, cond: Conditioning, hints: Tensor | None) -> Tensor:
-        return self.base.network(x, t, cond)
-
-    def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
-        return draw(self.base.model, prompts, seeds=range(len(prompts)))
 
     def write(self, out: Path, tail: str = "") -> Path:
         """A whole model; the networks that were not trained are those of the file it came from."""

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sfumato.checkpoints.addons_write import Dialect, LowRank, write_lora
-from sfumato.conditioning import Conditioning
 from sfumato.errors import InputError
-from sfumato.generation import draw
+from sfumato.training.finetune.as_it_is import AsItIs
 from sfumato.training.finetune.captions import Captions
 from sfumato.training.finetune.low_rank import Factors, adapt
-from sfumato.training.finetune.method import Base, trained_parameters
+from sfumato.training.finetune.method import Base
 
 
-class Lora:
+class Lora(AsItIs):
     """Changes beside the layers that the recipe names; the model's own weights stay as they are."""
 
     def __init__(self, base: Base) -> None:
@@ -40,18 +39,6 @@ class Lora:
             f"{part}_{name}".replace(".", "_"): factors for (part, name), factors in self.factors.items()
         }
         self.modules: Mapping[str, nn.Module] = {"lora": nn.ModuleDict(named).train()}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return trained_parameters(self.modules)
-
-    def condition(self, captions: Sequence[str | None]) -> Conditioning:
-        return self.captions(captions)
-
-    def network(self, x: Tensor, t: Tensor, cond: Conditioning, hints: Tensor | None) -> Tensor:
-        return self.base.network(x, t, cond)
-
-    def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
-        return draw(self.base.model, prompts, seeds=range(len(prompts)))
 
     def write(self, out: Path, tail: str = "") -> Path:
         """Kohya's dialect under the run's name, which is the one most programs read, and PEFT's beside it."""

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-
-import torch
 
 from sfumato.errors import InputError
 from sfumato.training.distributed import joined
-from sfumato.training.lock import locked
-from sfumato.training.loop import Report, Task, train
+from sfumato.training.loop import Report
 from sfumato.training.notes.ini import read_ini
 from sfumato.training.notes.keys import NotesConfig, parse
 from sfumato.training.notes.translate import advice, training_config
+from sfumato.training.run import trained
 from sfumato.training.tasks.reproduction import ReproductionTask, samples_of
 
 
@@ -25,19 +22,13 @@ def run(path: Path, overrides: Sequence[str] = (), report: Report = lambda _: No
     warnings. Errors as `sfumato.training.run`.
     """
     notes, warnings = read_notes(path, overrides)
-    with joined(notes.device) as (processes, device), ExitStack() as held:
+    with joined(notes.device) as (processes, device):
         told = report if processes.first else lambda _: None
         for warning in [*warnings, *advice(notes)]:
             told({"warning": warning})
         samples = samples_of(training_config(notes, 1, path.stem), told)
         config = training_config(notes, len(samples), path.stem)
-        processes.first_does(lambda: held.enter_context(locked(config.out)))
-
-        def make() -> Task:
-            torch.manual_seed(config.seed)  # initial weights
-            return ReproductionTask(config, samples, device)
-
-        return train(config, processes.in_turn(make), device, told, processes)
+        return trained(config, lambda: ReproductionTask(config, samples, device), device, told, processes)
 
 
 def read_notes(path: Path, overrides: Sequence[str] = ()) -> tuple[NotesConfig, list[str]]:
