@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.files import write_tensors
+from sfumato.checkpoints.files import converted, write_tensors
 from sfumato.checkpoints.layouts import Pair, pairs
-from sfumato.errors import CheckpointError, InputError, NumericalError, nearest
+from sfumato.errors import CheckpointError, InputError, nearest
 from sfumato.presets import ModelConfig
 
 Dialect = Literal["kohya", "peft"]
@@ -75,8 +75,7 @@ def write_lora(
                     up * (layer.alpha / rank),
                 )
                 ranks.setdefault(PEFT[layer.part].removesuffix("."), {})[name] = rank
-    ready = {name: tensor.to(dtype) for name, tensor in tensors.items()}
-    _check_finite(ready, dtype)
+    ready = converted(tensors, dtype)
     own = dict(metadata or {})
     own |= _kohya_metadata(config, layers) if dialect == "kohya" else _peft_metadata(ranks)
     write_tensors(path, ready, {"format": "pt", **own})
@@ -94,8 +93,7 @@ def write_embedding(
         names = {part: "emb_params" if form == "a1111" else word for part in vectors}
     else:
         names = {part: TOWERS[part] for part in vectors}
-    ready = {names[part]: tensor.to(dtype) for part, tensor in vectors.items()}
-    _check_finite(ready, dtype)
+    ready = converted({names[part]: tensor for part, tensor in vectors.items()}, dtype)
     write_tensors(path, ready, {"format": "pt"})
 
 
@@ -158,12 +156,3 @@ def _peft_metadata(ranks: Mapping[str, Mapping[str, int]]) -> dict[str, str]:
             f"{network}.alpha_pattern": {name: rank for name, rank in layers.items() if rank != most},
         }
     return {"lora_adapter_metadata": json.dumps(values, sort_keys=True)}
-
-
-def _check_finite(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    wrong = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if wrong:
-        raise NumericalError(
-            f"{wrong[0]} is not finite as {dtype}; nothing was written",
-            "Training diverged, or the value is too large for this number format.",
-        )

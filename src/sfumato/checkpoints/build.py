@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
@@ -17,6 +17,8 @@ from sfumato.nn.preview import PreviewDecoder
 from sfumato.nn.unet import UNet
 from sfumato.nn.vq import VQModel
 from sfumato.runtime import shapes_only
+
+Network = TypeVar("Network")
 
 
 def _first_stage(config: AutoencoderConfig) -> nn.Module:
@@ -39,22 +41,29 @@ def build(part: str, config: Any, limit: int) -> nn.Module:
 
     limit: the most parameters it may have. A hostile file could describe enough of them to fill any memory.
     """
+    return built(part, lambda: NETWORKS[part](config), limit)
+
+
+def built(what: str, make: Callable[[], Network], limit: int) -> Network:
+    """What `make` builds of shapes without values; limit and errors as `build`, which calls it `what`."""
     count = 0
 
     def register(*_: object) -> None:
         nonlocal count
         count += 1
         if count > limit:
-            raise CheckpointError(f"the file describes more {part} layers than it holds", "Get it again.")
+            raise CheckpointError(
+                f"the file describes more layers than it holds for its {what}", "Get it again."
+            )
 
     hook = register_module_parameter_registration_hook(register)
     try:
         with shapes_only():
-            return NETWORKS[part](config)
+            return make()
     except CheckpointError:
         raise
     except Exception as error:  # whatever torch makes of a negative width, a zero division, ...
-        raise CheckpointError(f"the file's {part} cannot be built: {error}", "Get it again.") from error
+        raise CheckpointError(f"the file's {what} cannot be built: {error}", "Get it again.") from error
     finally:
         hook.remove()
 

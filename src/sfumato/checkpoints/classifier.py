@@ -13,16 +13,14 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sfumato.checkpoints.build import assign
-from sfumato.checkpoints.files import open_file, write_tensors
+from sfumato.checkpoints.build import assign, built
+from sfumato.checkpoints.files import converted, open_file, write_tensors
 from sfumato.checkpoints.load import is_finite
 from sfumato.diffusion.schedule import ScheduleConfig
-from sfumato.errors import CheckpointError, InputError, NumericalError, nearest
+from sfumato.errors import CheckpointError, InputError, nearest
 from sfumato.nn.classifier import Classifier, ClassifierConfig
 from sfumato.presets import MAX_NUMBER, ScheduleTable, UNetTable, known_keys
-from sfumato.runtime import shapes_only
 
 CLASSIFIER_KEY = "sfumato.classifier"  # of the metadata, where a model file has "sfumato"
 FORMAT_VERSION = 1
@@ -80,12 +78,7 @@ def save_classifier(path: Path, description: ClassifierDescription, state: Mappi
 
     Raises `NumericalError` before anything is written if a weight is not finite in float16.
     """
-    tensors = {name: tensor.to(torch.float16) for name, tensor in state.items()}
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise NumericalError(
-                f"{name} is not finite as float16; nothing was written", "Training diverged."
-            )
+    tensors = converted(state, torch.float16)
     values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
     write_tensors(path, tensors, {CLASSIFIER_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
 
@@ -98,39 +91,13 @@ def load_classifier(
     if CLASSIFIER_KEY not in source.metadata:
         raise CheckpointError(f"{path} holds no classifier", "Give the model file of a classifier run.")
     description = _described(source.metadata[CLASSIFIER_KEY], str(path))
-    network = _empty(description, len(source.infos))
+    network = built("classifier", lambda: Classifier(description.network), len(source.infos))
     tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
             raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get the file again.")
     assign(network, tensors, str(path))
     return LoadedClassifier(description, network)
-
-
-def _empty(description: ClassifierDescription, limit: int) -> Classifier:
-    """The network without values; a hostile file that describes more layers than it holds is refused."""
-    count = 0
-
-    def register(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError("the file describes more layers than it holds", "Get it again.")
-
-    hook = register_module_parameter_registration_hook(register)
-    try:
-        with shapes_only():
-            return Classifier(description.network)
-    except (
-        ValueError,
-        TypeError,
-        ArithmeticError,
-        LookupError,
-        RuntimeError,
-    ) as error:  # torch's, for widths
-        raise CheckpointError(f"the file's classifier cannot be built: {error}", "Get it again.") from error
-    finally:
-        hook.remove()
 
 
 def _described(text: str, source: str) -> ClassifierDescription:

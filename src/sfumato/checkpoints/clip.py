@@ -14,16 +14,14 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from sfumato.checkpoints.build import assign
-from sfumato.checkpoints.files import open_file, write_tensors
+from sfumato.checkpoints.build import assign, built
+from sfumato.checkpoints.files import converted, open_file, write_tensors
 from sfumato.checkpoints.load import is_finite, load_file
-from sfumato.errors import CheckpointError, InputError, NumericalError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.presets import MAX_NUMBER, TextTable, known_keys
-from sfumato.runtime import shapes_only
 
 CLIP_KEY = "sfumato.clip"  # of the metadata, where a model file has "sfumato"
 FORMAT_VERSION = 1
@@ -119,14 +117,8 @@ def save_clip(
 
     Raises `NumericalError` before anything is written if a weight is not finite in float16.
     """
-    scale = torch.tensor(logit_scale).log()
-    tensors = {name: tensor.to(torch.float16) for name, tensor in (*text.items(), *vision.items())}
-    tensors[SCALE] = scale
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise NumericalError(
-                f"{name} is not finite as float16; nothing was written", "Training diverged."
-            )
+    scale = converted({SCALE: torch.tensor(logit_scale).log()}, torch.float32)
+    tensors = converted({**text, **vision}, torch.float16) | scale
     values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
     write_tensors(path, tensors, {CLIP_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
 
@@ -139,7 +131,7 @@ def load_clip(
     if CLIP_KEY not in source.metadata:
         raise CheckpointError(f"{path} holds no pair of CLIP's towers", "Give the model file of a clip run.")
     description = _described(source.metadata[CLIP_KEY], str(path))
-    towers = _empty(description, len(source.infos))
+    towers = built("towers", lambda: _empty(description), len(source.infos))
     tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
     for name, tensor in tensors.items():
         if not is_finite(tensor):
@@ -188,24 +180,8 @@ def _parts(tower: nn.Module) -> list[str]:
     return [name for name, _ in tower.named_children()]
 
 
-def _empty(description: CLIPDescription, limit: int) -> tuple[CLIPTextEncoder, CLIPVisionEncoder]:
-    """The towers without values; a hostile file that describes more layers than it holds is refused."""
-    count = 0
-
-    def register(*_: object) -> None:
-        nonlocal count
-        count += 1
-        if count > limit:
-            raise CheckpointError("the file describes more layers than it holds", "Get it again.")
-
-    hook = register_module_parameter_registration_hook(register)
-    try:
-        with shapes_only():
-            return CLIPTextEncoder(description.text), CLIPVisionEncoder(description.vision)
-    except (ValueError, TypeError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise CheckpointError(f"the file's towers cannot be built: {error}", "Get it again.") from error
-    finally:
-        hook.remove()
+def _empty(description: CLIPDescription) -> tuple[CLIPTextEncoder, CLIPVisionEncoder]:
+    return CLIPTextEncoder(description.text), CLIPVisionEncoder(description.vision)
 
 
 def _described(text: str, source: str) -> CLIPDescription:

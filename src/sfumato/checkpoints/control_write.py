@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from sfumato.checkpoints.controls import CONTROL
-from sfumato.checkpoints.files import write_tensors
-from sfumato.errors import NumericalError
+from sfumato.checkpoints.files import converted, write_tensors
 from sfumato.nn.controlnet import ControlNet
 
 
@@ -21,12 +20,7 @@ def write_controlnet(
     What shapes do not tell, its heads and groups, is in the metadata. Raises `NumericalError` before
     anything is written for a value that is not finite in `dtype`.
     """
-    ready = {CONTROL + name: tensor.to(dtype) for name, tensor in network.state_dict().items()}
-    wrong = [name for name, tensor in ready.items() if not torch.isfinite(tensor).all()]
-    if wrong:
-        raise NumericalError(
-            f"{wrong[0]} is not finite as {dtype}; nothing was written", "Training diverged."
-        )
+    ready = converted({CONTROL + name: tensor for name, tensor in network.state_dict().items()}, dtype)
     encoder = network.config.encoder
     options = {"num_heads": encoder.num_heads, "num_head_channels": encoder.num_head_channels}
     own = {key: str(value) for key, value in options.items() if value > 0}

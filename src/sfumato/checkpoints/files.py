@@ -21,10 +21,10 @@ from sfumato.checkpoints.ckpt import MAX_EMPTY, MAX_NAME, MAX_TENSORS, open_lega
 from sfumato.checkpoints.ckpt_tensors import MAX_RANK, MAX_SIDES, Bytes, View
 from sfumato.checkpoints.pickle_policy import Forbidden
 from sfumato.checkpoints.source import Source, TensorInfo
-from sfumato.errors import CheckpointError, ResourceError, UnsafeCheckpointError
+from sfumato.errors import CheckpointError, NumericalError, ResourceError, UnsafeCheckpointError
 
 __all__ = [
-    "MAX_HEADER", "MAX_TENSORS", "disk_errors", "open_file", "read_tensors", "sha256", "sync",
+    "MAX_HEADER", "MAX_TENSORS", "converted", "disk_errors", "open_file", "read_tensors", "sha256", "sync",
     "write_atomically", "write_tensors",
 ]  # fmt: skip
 
@@ -248,6 +248,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def converted(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Tensors to be written, in `dtype`; `NumericalError` for the first that is not finite in it."""
+    found = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    for name, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            raise NumericalError(
+                f"{name} is not finite as {dtype}; nothing was written",
+                "Training diverged, or the value is too large for this number format.",
+            )
+    return found
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

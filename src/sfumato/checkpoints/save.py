@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.files import write_tensors
+from sfumato.checkpoints.files import converted, write_tensors
 from sfumato.checkpoints.layouts import PARTS, generate, prefix, to_foreign
 from sfumato.checkpoints.metadata import METADATA_KEY
-from sfumato.errors import NumericalError
 from sfumato.presets import ModelConfig
 
 
@@ -25,14 +24,8 @@ def save_file(
     described = {part for part in PARTS if getattr(config, part) is not None}
     assert described == parts.keys(), f"the config has {described}, the weights are of {set(parts)}"
     tensors = {
-        prefix(part, "ldm", config) + name: tensor.to(dtype)
+        prefix(part, "ldm", config) + name: tensor
         for part, state in parts.items()
         for name, tensor in to_foreign(generate(part, getattr(config, part), "ldm"), state).items()
     }
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise NumericalError(
-                f"{name} is not finite as {dtype}; nothing was written",
-                "Training diverged, or the weight is too large for this number format.",
-            )
-    write_tensors(path, tensors, {METADATA_KEY: config.to_json()})
+    write_tensors(path, converted(tensors, dtype), {METADATA_KEY: config.to_json()})

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.build import assign
-from sfumato.checkpoints.files import open_file, write_tensors
+from sfumato.checkpoints.files import converted, open_file, write_tensors
 from sfumato.checkpoints.load import is_finite
 from sfumato.checkpoints.source import Source
-from sfumato.errors import CheckpointError, InputError, NumericalError
+from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.esrgan import CompactConfig, CompactNet, RRDBConfig, RRDBNet
 from sfumato.runtime import shapes_only
 
@@ -57,10 +57,7 @@ def save_upscaler(path: Path, network: RRDBNet | CompactNet, name: str, notices:
 
     Raises `NumericalError` before anything is written if a weight is not finite in float16.
     """
-    tensors = {key: tensor.to(torch.float16) for key, tensor in network.state_dict().items()}
-    for key, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise NumericalError(f"{key} is not finite as float16; nothing was written", "Training diverged.")
+    tensors = converted(network.state_dict(), torch.float16)
     values = {"version": FORMAT_VERSION, "name": name, "notices": notices}
     write_tensors(path, tensors, {UPSCALER_KEY: json.dumps(values, ensure_ascii=False)})
 

@@ -1,4 +1,4 @@
-"""What ways of fine-tuning share that train and draw along the model's own path, whatever they change of it."""
+"""What ways of fine-tuning share that train and draw along the model's own path."""
 
 from __future__ import annotations
 
