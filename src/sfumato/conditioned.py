@@ -14,7 +14,7 @@ from sfumato.errors import InputError
 from sfumato.nn.bert import BERTEmbedder
 from sfumato.nn.classes import ClassEmbedder
 from sfumato.nn.clip import CLIPTextEncoder
-from sfumato.presets import ModelConfig, context_width, num_classes
+from sfumato.presets import ModelConfig, context_width, no_class, num_classes
 from sfumato.text import encode
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.text.wordpiece import WordPiece
@@ -136,11 +136,9 @@ class Conditioned(Protocol):
         is that of `encode_prompt`.
         """
         config = self.config
-        if config.classes is not None:
-            last = config.classes.n_classes - 1
-            return self.encode_label([last] * count) if config.classes.unconditional else Conditioning()
         if config.text is None and config.bert is None:
-            return Conditioning()
+            label = no_class(config)
+            return Conditioning() if label is None else self.encode_label([label] * count)
         if not (config.zeros_for_empty if zeros is None else zeros):
             return self.encode_prompt([""] * count, clip_skip, size=size, original=original, crop=crop)
         tokens, width = cast(int, self._tokens()), cast(int, context_width(config))

@@ -71,6 +71,7 @@ class ModelConfig:
     where it is masked; "inpaints_black" those latents, black where it is masked, and the mask in -1..1 (LDM's
     own inpainting); "edits" the picture's latents; "enlarges" the picture itself, as small as the latents,
     whose noise is then the U-Net's label. None: what their number says, see `concat_kind`.
+    no_class: the last of the U-Net's own labels is "no class", for guidance.
     Raises InputError for an unknown prediction, a scale or size that is not positive, other request fields,
     rows of numbers that are not as long as each other.
     """
@@ -96,6 +97,7 @@ class ModelConfig:
     latent_rgb: tuple[tuple[float, ...], ...] | None = None
     latent_spread: tuple[tuple[float, ...], ...] | None = None
     concat: str | None = None
+    no_class: bool = False
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -151,6 +153,13 @@ def num_classes(config: ModelConfig) -> int | None:
     if config.classes is not None:
         return config.classes.n_classes
     return None if concat_kind(config) == "enlarges" else _labels(config)
+
+
+def no_class(config: ModelConfig) -> int | None:
+    """The number that says "no class", None where there is none: such a model cannot be guided by classes."""
+    count = num_classes(config)
+    free = config.no_class if config.classes is None else config.classes.unconditional
+    return count - 1 if count is not None and free else None
 
 
 def noise_levels(config: ModelConfig) -> int | None:

@@ -36,7 +36,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "classes": {"text": None, "diffusion": {"prompts": (), "classes": "context"}},
     "labels": {
         "text": None, "unet": {"context_dim": None},
-        "diffusion": {"prompts": (), "classes": "vector", "label_dropout": 0.0},
+        "diffusion": {"prompts": (), "classes": "vector", "label_dropout": 0.5},
     },
     "inpainting": {"unet": {"in_channels": 5}, "diffusion": {"concat": "inpainting"}},
     "super-resolution": {
@@ -108,13 +108,37 @@ def test_the_finished_model_draws(kind: Recipe, trained: Trained, tmp_path: Path
     small = Image.new("RGB", (4, 4), "red") if name == "super-resolution" else None
     result = generate(model, Request(label=label, init=small, seed=1, steps=2))
     assert result.images[0].size == (8, 8)
-    assert model.defaults["guidance"] == (1.0 if name == "labels" else 3.0)
+    assert model.defaults["guidance"] == 3.0
     sheet = Image.open(max((path.parent / "previews").glob("*.png")), formats=["PNG"])
     assert sheet.size[0] <= 8 * 10
     if label is not None:
         assert (path.parent / "classes.tsv").read_text() == "0\tblue\n1\tred\n"
         other = generate(model, Request(label=0, seed=1, steps=2))
         assert not torch.equal(other.samples, result.samples)
+        free = generate(model, Request(seed=1, steps=2))
+        assert torch.equal(
+            generate(model, Request(label=2, seed=1, steps=2, guidance=1)).samples, free.samples
+        )
+
+
+def test_captions_and_labels_are_guided_together(kind: Recipe, folders: Path, tmp_path: Path) -> None:
+    """Rows of a step's passes have the class asked for, and those to guide away from "no class"."""
+    both = {"data": {"path": folders}, "diffusion": {"classes": "vector"}}
+    model = task_of(kind("text", tmp_path / "run", **both)).model
+    seen: list[int] = []
+    network = model.network
+
+    def watching(x: Tensor, t: Tensor, cond: Conditioning, patch: Any = None) -> Tensor:
+        assert cond.vector is not None
+        seen.extend(cond.vector.tolist())
+        return network(x, t, cond, patch)
+
+    model.network = watching  # type: ignore[method-assign]
+    request = Request(prompt="a square", negative_prompt="a fox", num_images=2, steps=1, seed=0)
+    for label, told in ((1, [1, 1, 2, 2]), (None, [2, 2, 2, 2])):
+        seen.clear()
+        generate(model, request.model_copy(update={"label": label}))
+        assert sorted(seen) == told
 
 
 def test_a_finished_inpainting_model_draws_from_the_command_line(
@@ -298,8 +322,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "channels of a mask": ("inpainting", {"unet": {"in_channels": 4}}, "and 3 more .* inpainting"),
     "two contexts": ("text", {"diffusion": {"classes": "context"}}, "both captions and classes"),
     "no width": ("classes", {"unet": {"context_dim": None}}, '"context", and unet.context_dim is not given'),
-    "no class": ("labels", {"diffusion": {"label_dropout": 0.1}}, 'without a "no class"'),
-    "other labels": ("labels", {"unet": {"num_classes": 5}}, "num_classes 5; this recipe needs 2 and 2"),
+    "other labels": ("labels", {"unet": {"num_classes": 5}}, "num_classes 5; this recipe needs 2 and 3"),
     "labels of noise": ("super-resolution", {"diffusion": {"classes": "vector"}}, "levels of noise"),
     "noise of nothing": ("text", {"diffusion": {"noise_levels": 5}}, "no small picture is shown"),
     "another factor": ("super-resolution", {"diffusion": {"enlarge": 3}}, "has 2 per latent"),

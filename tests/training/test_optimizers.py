@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,6 +35,24 @@ def test_learning_rates(decay: Any, shares: tuple[float, ...]) -> None:
     assert learning_rate(OptimizerConfig(warmup_images=0, decay=decay), 0, 1000) == 1e-4
     assert learning_rate(config, 2000, 1000) == learning_rate(config, 1000, 1000)
     assert learning_rate(config, 500, 1000, 1e-5) == pytest.approx(learning_rate(config, 500, 1000) / 30)
+
+
+STEP = """
+import sys, torch
+from sfumato.training.optimizers import KINDS, OptimizerConfig, set_rates
+for name, kind in KINDS.items():
+    weight = torch.nn.Parameter(torch.ones(4, 4))
+    optimizer = kind([{"params": [weight], "lr": 0.1, "weight_decay": 0.1}], OptimizerConfig(name=name))
+    weight.sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    assert float(weight.sum()) != 16 and optimizer.state_dict()["state"] and weight.grad is None
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_step_does_not_import_the_compiler() -> None:
+    subprocess.run([sys.executable, "-c", STEP], check=True)
 
 
 def test_networks_and_optimizers_have_rates_of_their_own() -> None:

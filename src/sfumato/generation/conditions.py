@@ -15,7 +15,7 @@ from sfumato.errors import InputError
 from sfumato.generation.notes import Notes, not_finite
 from sfumato.generation.written import Written, written
 from sfumato.model import StableDiffusion
-from sfumato.presets import num_classes
+from sfumato.presets import no_class, num_classes
 from sfumato.request import Request
 from sfumato.request.large import read_region
 from sfumato.text.chunks import missing
@@ -76,7 +76,8 @@ def conditions(
         conds: dict[str, Conditioning] = {}
         for index in range(len(weights)):
             texts = [None if one.positive is None else one.positive[index].at(until) for one in prompts]
-            conds[f"cond{index or ''}"] = _labelled(model, request, joined(texts, "prompt"))
+            labels = [] if request.label is None else [request.label] * len(prompts)
+            conds[f"cond{index or ''}"] = _labelled(model, labels, joined(texts, "prompt"))
         negative = joined([one.negative.at(until) for one in prompts], "negative prompt")
         conds["uncond"] = conds["negative"] = negative
         if request.perp_neg is not None:
@@ -135,7 +136,8 @@ def encoded(
         cond = encode(model.float32())
         if not _finite_condition(cond):
             raise not_finite("the text encoder", f"for {prompt!r}")
-    return cond
+    empty = no_class(model.config)
+    return _labelled(model, [] if empty is None else [empty], cond)
 
 
 def _check_label(model: StableDiffusion, request: Request, notes: Notes) -> None:
@@ -144,7 +146,7 @@ def _check_label(model: StableDiffusion, request: Request, notes: Notes) -> None
     if request.negative_prompt and unused:
         notes.warnings.append("the negative prompt has no effect at guidance 1")
     count = num_classes(model.config)
-    free = model.config.classes is not None and model.config.classes.unconditional
+    free = no_class(model.config) is not None
     if request.label is None and count is not None and not free:
         raise InputError(f"{model.name!r} draws one of {count} classes", f"Give a label, 0 to {count - 1}.")
     if request.label is not None and not free and request.guidance != 1:
@@ -154,12 +156,12 @@ def _check_label(model: StableDiffusion, request: Request, notes: Notes) -> None
         )
 
 
-def _labelled(model: StableDiffusion, request: Request, cond: Conditioning) -> Conditioning:
-    """The condition with the request's label."""
-    if request.label is not None:
-        drawn = model.encode_label([request.label] * request.num_images)
-        cond = drawn if drawn.context is not None else replace(cond, vector=drawn.vector)
-    return cond
+def _labelled(model: StableDiffusion, labels: list[int], cond: Conditioning) -> Conditioning:
+    """The condition with a label for each of its rows, or as it is without any."""
+    if not labels:
+        return cond
+    drawn = model.encode_label(labels)
+    return drawn if drawn.context is not None else replace(cond, vector=drawn.vector)
 
 
 def _weights(prompts: Sequence[Written]) -> tuple[float, ...]:

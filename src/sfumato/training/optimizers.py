@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -42,6 +43,18 @@ def make_optimizers(
         default = config.learning_rates.get(name, config.learning_rate)
         made[name] = KINDS[config.name](_groups(trained, own, default, config.weight_decay), config)
     return made
+
+
+def light(kind: type[Optimizer]) -> Callable[..., Optimizer]:
+    """The same optimizer without the decorators that import torch's compiler at its first call.
+
+    They only matter where a step itself is compiled, which no run does; the import takes 70 MB and a second.
+    """
+    methods = {
+        name: inspect.unwrap(getattr(kind, name)) for name in ("add_param_group", "state_dict", "zero_grad")
+    }
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (kind,), {**methods, "step": step})
 
 
 def _groups(
@@ -149,11 +162,13 @@ class Adafactor(Optimizer):
 
 
 KINDS: Mapping[str, Callable[[list[Group], OptimizerConfig], Optimizer]] = {
-    "adamw": lambda groups, config: torch.optim.AdamW(
+    "adamw": lambda groups, config: light(torch.optim.AdamW)(
         groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True
     ),
-    "adam8bit": lambda groups, config: Adam8bit(groups, config.betas, config.eps),
-    "adafactor": lambda groups, config: Adafactor(groups),
-    "lion": lambda groups, config: Lion(groups, config.betas),
-    "sgd": lambda groups, config: torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.betas[0]),
+    "adam8bit": lambda groups, config: light(Adam8bit)(groups, config.betas, config.eps),
+    "adafactor": lambda groups, config: light(Adafactor)(groups),
+    "lion": lambda groups, config: light(Lion)(groups, config.betas),
+    "sgd": lambda groups, config: light(torch.optim.SGD)(
+        groups, lr=config.learning_rate, momentum=config.betas[0]
+    ),
 }

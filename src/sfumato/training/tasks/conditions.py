@@ -162,8 +162,8 @@ class Labelled(Dataset, Protocol):
 class Labels:
     """Classes as a context of one token, from a table that is trained along, or as the U-Net's own labels.
 
-    The table's last row is "no class": of what has none, and of the share that is left out. Raises
-    `DataError` for pictures without classes.
+    The last of `count` is "no class": of what has none, and of the share that is left out. Raises `DataError`
+    for pictures without classes.
     """
 
     trained = True
@@ -172,7 +172,7 @@ class Labels:
         self.options, self.device = config.diffusion, device
         self.dataset, self.held = (_labelled(each, config) for each in data)
         self.names = self.dataset.classes
-        missing = [index for index in range(len(self.dataset)) if self.dataset.label(index) is None]
+        self.count = len(self.names) + 1
         context_dim = config.unet and config.unet.context_dim
         self.network: ClassEmbedder | None = None
         if config.diffusion.classes == "context":
@@ -181,13 +181,7 @@ class Labels:
                     'diffusion.classes is "context", and unet.context_dim is not given',
                     "Set it, to 128 for instance: the width of a class's vector.",
                 )
-            self.network = ClassEmbedder(ClassEmbedderConfig(len(self.names) + 1, context_dim)).to(device)
-        elif missing or config.diffusion.label_dropout:
-            raise InputError(
-                f'diffusion.classes is "vector", without a "no class": {len(missing)} pictures have none, '
-                f"and label_dropout is {config.diffusion.label_dropout:g}",
-                'Set label_dropout to 0 and move pictures into sub-folders, or set classes = "context".',
-            )
+            self.network = ClassEmbedder(ClassEmbedderConfig(self.count, context_dim)).to(device)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -206,7 +200,7 @@ class Labels:
 
     def encoded(self, labels: Sequence[int | None]) -> Conditioning:
         """Their rows of the table, or the labels as they are."""
-        none = len(self.names)
+        none = self.count - 1
         numbers = torch.tensor([none if label is None else label for label in labels], device=self.device)
         if self.network is None:
             return Conditioning(vector=numbers)

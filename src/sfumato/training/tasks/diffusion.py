@@ -177,7 +177,6 @@ class DiffusionTask:
         """What is trained, as a model that draws; checks what would else fail at the first preview."""
         options, shape = self.config.diffusion, self.config.data.shape
         text, classes = self.captions, self.labels and self.labels.network
-        guidance = 1.0 if options.classes == "vector" else options.guidance  # it knows no "no class"
         config = ModelConfig(
             name=self.config.name,
             unet=self.unet.config,
@@ -188,7 +187,7 @@ class DiffusionTask:
             prediction=options.prediction,
             latent_scale=first_stage.config.latent_scale if first_stage else 1.0,
             image_size=shape,
-            defaults={"guidance": guidance, "steps": options.steps, "sampler": options.sampler},
+            defaults={"guidance": options.guidance, "steps": options.steps, "sampler": options.sampler},
             notices=self.config.notices,
             classes=classes and classes.config,
             clip_skip=text.layer if text else 1,
@@ -197,6 +196,7 @@ class DiffusionTask:
             latent_rgb=first_stage and first_stage.config.latent_rgb,
             latent_spread=first_stage and first_stage.config.latent_spread,
             concat=parts.concat_kind(options),
+            no_class=options.classes == "vector",
         )
         modules = self.modules | self.frozen
         if first_stage is not None:

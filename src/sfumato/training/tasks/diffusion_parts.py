@@ -54,12 +54,12 @@ def told(
 
 
 def network_config(config: TrainingConfig, conditions: list[Condition]) -> UNetConfig:
-    """The U-Net of the recipe, with as many labels as there are classes."""
+    """The U-Net of the recipe, with a label for each class and one for none."""
     unet = config.unet
     if unet is None:
         raise InputError("a diffusion run needs a [unet] table", "See configs/ for one.")
     labels = next((each for each in conditions if isinstance(each, Labels) and each.network is None), None)
-    count = (labels and len(labels.names)) or config.diffusion.noise_levels or None
+    count = (labels and labels.count) or config.diffusion.noise_levels or None
     if unet.dims != 2 or unet.num_classes not in (None, count):
         raise InputError(
             f"unet.dims is {unet.dims} and num_classes {unet.num_classes}; this recipe needs 2 and {count}",
