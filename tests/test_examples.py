@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 import sfumato
+from sfumato.cli import main
 
 ROOT = Path(__file__).parents[1]
 REPRODUCTION = ROOT / "examples" / "reproduction"
@@ -39,6 +40,14 @@ def test_the_reproduction(given: list[str], tmp_path: Path, monkeypatch: pytest.
     run = tmp_path / "pic" / "test_pic"
     assert (run / "epoch-0001.png").exists()
     assert sfumato.generate(sfumato.load(run), sfumato.Request(seed=0)).images[0].size == (8, 8)
+
+
+def test_its_plan(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ini = str(REPRODUCTION / "config" / "config_SD.ini")
+    assert main(["train", ini, *given, *TINY, "--epochs=3", "--dry-run"]) == 0
+    printed = capsys.readouterr()
+    assert "for 3 steps" in printed.out and "abar_T" in printed.err
+    assert not (tmp_path / "pic" / "test_pic").exists()
 
 
 def test_a_key_that_is_not_there(given: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from PIL import Image
 from sfumato.training.config import TrainingConfig
 from sfumato.training.loop import Report, train
 from sfumato.training.run import make_task
+
+sys.path.insert(0, str(Path(__file__).parent))
+from finetune_models import BOTH, METHODS, tables, written
 
 CPU = torch.device("cpu")
 TABLES: dict[str, dict[str, Any]] = {
@@ -117,5 +121,33 @@ def pixel(recipe: Recipe) -> Recipe:
 
     def make(out: Path, **changes: Any) -> TrainingConfig:
         return recipe("diffusion", out, **merged({"diffusion": {"steps": 2}, "unet": PIXEL_UNET}, changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def finetune_bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: written(folder, config) for name, config in BOTH.items()}
+
+
+@pytest.fixture
+def finetune(
+    finetune_bases: dict[str, Path], pictures: Path, tmp_path: Path
+) -> Callable[..., TrainingConfig]:
+    """A function of (method, family, out, finetune keys, other tables) that gives a recipe."""
+
+    def make(
+        method: str, family: str = "sd1", out: str = "run", more: dict[str, Any] | None = None, **other: Any
+    ) -> TrainingConfig:
+        values = tables(
+            finetune_bases[family],
+            tmp_path / out,
+            pictures,
+            **{**METHODS.get(method, {"method": method}), **(more or {})},
+        )
+        for name, table in other.items():
+            values[name] = {**values[name], **table} if isinstance(table, dict) else table
+        return TrainingConfig.model_validate(values)
 
     return make

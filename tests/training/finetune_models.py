@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sfumato.checkpoints.build import NETWORKS
+from sfumato.checkpoints.files import read_tensors
 from sfumato.checkpoints.save import save_file
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.nn.autoencoder import AutoencoderConfig
@@ -18,6 +19,10 @@ from sfumato.nn.clip import CLIPTextConfig
 from sfumato.nn.unet import UNetConfig
 from sfumato.presets import ModelConfig
 from sfumato.text.tokenizer import Tokenizer
+from sfumato.training.config import TrainingConfig
+from sfumato.training.finetune import FinetuneTask
+from sfumato.training.loop import train
+from sfumato.training.run import make_task
 
 TOKENIZER = Tokenizer.train(["a square number 0 1 2 in blue ink", "the picture of a pim"], 530, 16)
 TEXT = CLIPTextConfig(
@@ -54,6 +59,7 @@ SDXL = replace(
     zeros_for_empty=True,
     prediction="v",
 )  # fmt: skip
+CPU = torch.device("cpu")
 BOTH = {"sd1": SD1, "sdxl": SDXL}
 
 
@@ -109,3 +115,21 @@ METHODS: Mapping[str, dict[str, Any]] = {
     },
     "controlnet": {"method": "controlnet", "control": {"preprocessor": "canny", "widths": (4, 8)}},
 }
+
+
+def ran(config: TrainingConfig) -> tuple[FinetuneTask, list[dict[str, Any]]]:
+    """The task after its run, and what the run reported."""
+    lines: list[dict[str, Any]] = []
+    task = make_task(config, CPU)
+    assert isinstance(task, FinetuneTask)
+    train(config, task, CPU, lambda line: lines.append(dict(line)))
+    return task, lines
+
+
+def state(config: TrainingConfig) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest state of a run."""
+    newest = max((config.out / "states").glob("[0-9]*"))
+    found: dict[str, torch.Tensor] = {}
+    for path in newest.glob("*.safetensors"):
+        found |= read_tensors(path)[0]
+    return found

@@ -17,64 +17,21 @@ from sfumato.checkpoints.load import load_file
 from sfumato.errors import InputError
 from sfumato.training.config import TrainingConfig
 from sfumato.training.finetune import FinetuneTask
-from sfumato.training.loop import train
 from sfumato.training.run import make_task
 
 sys.path.insert(0, str(Path(__file__).parent))
-from finetune_models import BOTH, METHODS, SD1, tables, written
+from finetune_models import SD1, ran
 
 CPU = torch.device("cpu")
 Made = Callable[..., TrainingConfig]
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("models")
-    return {name: written(folder, config) for name, config in BOTH.items()}
-
-
-@pytest.fixture
-def recipe(models: dict[str, Path], pictures: Path, tmp_path: Path) -> Made:
-    """A function of (method, family, out, finetune keys, other tables) that gives a recipe."""
-
-    def make(
-        method: str, family: str = "sd1", out: str = "run", more: dict[str, Any] | None = None, **other: Any
-    ) -> TrainingConfig:
-        values = tables(
-            models[family],
-            tmp_path / out,
-            pictures,
-            **{**METHODS.get(method, {"method": method}), **(more or {})},
-        )
-        for name, table in other.items():
-            values[name] = {**values[name], **table} if isinstance(table, dict) else table
-        return TrainingConfig.model_validate(values)
-
-    return make
-
-
-def ran(config: TrainingConfig) -> tuple[FinetuneTask, list[dict[str, Any]]]:
-    lines: list[dict[str, Any]] = []
-    task = make_task(config, CPU)
-    assert isinstance(task, FinetuneTask)
-    train(config, task, CPU, lambda line: lines.append(dict(line)))
-    return task, lines
-
-
-def state(config: TrainingConfig) -> dict[str, torch.Tensor]:
-    newest = max((config.out / "states").glob("[0-9]*"))
-    found: dict[str, torch.Tensor] = {}
-    for path in newest.glob("*.safetensors"):
-        found |= read_tensors(path)[0]
-    return found
 
 
 @pytest.mark.parametrize(
     ("method", "rate", "left"),
     [("full", 1e-2, 0.5), ("lora", 2e-2, 0.5), ("textual_inversion", 0.3, 0.9), ("controlnet", 2e-2, 0.5)],
 )
-def test_every_method_overfits_one_batch(recipe: Made, method: str, rate: float, left: float) -> None:
-    task = make_task(recipe(method), CPU)
+def test_every_method_overfits_one_batch(finetune: Made, method: str, rate: float, left: float) -> None:
+    task = make_task(finetune(method), CPU)
     batches = task.batches(0, 2)
     batch = next(batches)
     batches.close()
@@ -91,12 +48,12 @@ def test_every_method_overfits_one_batch(recipe: Made, method: str, rate: float,
 
 
 def test_a_whole_model_is_written_and_its_other_parts_are_the_old_ones(
-    recipe: Made, models: dict[str, Path]
+    finetune: Made, finetune_bases: dict[str, Path]
 ) -> None:
-    config = recipe("full", more={"text": False}, notices="by nobody")
+    config = finetune("full", more={"text": False}, notices="by nobody")
     task, _ = ran(config)
     assert task.written is not None and task.written == config.out / "model.safetensors"
-    new, old = read_tensors(task.written)[0], read_tensors(models["sd1"])[0]
+    new, old = read_tensors(task.written)[0], read_tensors(finetune_bases["sd1"])[0]
     assert new.keys() == old.keys()
     changed = {name.split(".")[0] for name in new if not torch.equal(new[name], old[name])}
     assert changed == {"model"}
@@ -105,9 +62,9 @@ def test_a_whole_model_is_written_and_its_other_parts_are_the_old_ones(
     assert sfumato.generate(model, sfumato.Request(prompt="a", seed=0)).images[0].size == (8, 8)
 
 
-def test_class_pictures_are_drawn_once_and_their_loss_counts(recipe: Made) -> None:
+def test_class_pictures_are_drawn_once_and_their_loss_counts(finetune: Made) -> None:
     prior = {"prompt": "a number", "images": 5, "weight": 0.5}
-    config = recipe("lora", more={"prompt": "a pim", "prior": prior})
+    config = finetune("lora", more={"prompt": "a pim", "prior": prior})
     _, lines = ran(config)
     assert any("prior_loss" in line for line in lines)
     folder = config.out / "prior"
@@ -118,21 +75,21 @@ def test_class_pictures_are_drawn_once_and_their_loss_counts(recipe: Made) -> No
     assert {path.name: path.read_bytes() for path in folder.glob("*.png")} == drawn
     other = {**prior, "prompt": "something else"}
     with pytest.raises(InputError, match="drawn by another model"):
-        make_task(recipe("lora", more={"prior": other}), CPU)
+        make_task(finetune("lora", more={"prior": other}), CPU)
 
 
-def test_given_class_pictures_are_taken_as_they_are(recipe: Made, pictures: Path, tmp_path: Path) -> None:
+def test_given_class_pictures_are_taken_as_they_are(finetune: Made, pictures: Path, tmp_path: Path) -> None:
     prior = {"prompt": "a number", "path": pictures}
-    config = recipe("full", more={"prior": prior})
+    config = finetune("full", more={"prior": prior})
     before = sorted(pictures.iterdir())
     task = make_task(config, CPU)
     assert sorted(pictures.iterdir()) == before
     assert isinstance(task, FinetuneTask) and task.prior is not None
 
 
-def test_the_prior_is_a_second_loss_of_its_weight(recipe: Made, pictures: Path) -> None:
+def test_the_prior_is_a_second_loss_of_its_weight(finetune: Made, pictures: Path) -> None:
     prior = {"prompt": "a number", "path": pictures, "weight": 0.25}
-    task = make_task(recipe("lora", more={"prior": prior}), CPU)
+    task = make_task(finetune("lora", more={"prior": prior}), CPU)
     batch = next(task.batches(0, 4))
     (_, first, shown), (_, second, told) = task.losses(batch, 0)
     assert first.detach().item() == pytest.approx(float(torch.as_tensor(shown["loss"]).detach()))
@@ -141,9 +98,9 @@ def test_the_prior_is_a_second_loss_of_its_weight(recipe: Made, pictures: Path) 
 
 
 @pytest.mark.parametrize("method", ["lora", "textual_inversion", "controlnet"])
-def test_frozen_networks_in_half_the_memory(recipe: Made, method: str) -> None:
+def test_frozen_networks_in_half_the_memory(finetune: Made, method: str) -> None:
     exact, half = (
-        make_task(recipe(method, out=kind, more={"frozen_precision": kind}), CPU)
+        make_task(finetune(method, out=kind, more={"frozen_precision": kind}), CPU)
         for kind in ("float32", "bfloat16")
     )
     assert isinstance(half, FinetuneTask) and half.model.dtype == torch.bfloat16
@@ -156,10 +113,10 @@ def test_frozen_networks_in_half_the_memory(recipe: Made, method: str) -> None:
     assert found[1] == pytest.approx(found[0], rel=0.1) and found[0] != found[1]
 
 
-def test_the_schedule_and_the_prediction_are_the_models_own(recipe: Made) -> None:
-    task = make_task(recipe("lora", "sdxl"), CPU)
+def test_the_schedule_and_the_prediction_are_the_models_own(finetune: Made) -> None:
+    task = make_task(finetune("lora", "sdxl"), CPU)
     assert isinstance(task, FinetuneTask) and task.objective.prediction == "v"
-    asked = make_task(recipe("lora", "sdxl", more={"prediction": "eps"}), CPU)
+    asked = make_task(finetune("lora", "sdxl", more={"prediction": "eps"}), CPU)
     assert isinstance(asked, FinetuneTask) and asked.objective.prediction == "eps"
 
 
@@ -180,28 +137,30 @@ def test_the_schedule_and_the_prediction_are_the_models_own(recipe: Made) -> Non
         ("lora", {"timestep_range": (0, 5000)}, "timestep_range"),
     ],
 )
-def test_recipes_that_cannot_work_say_so(recipe: Made, method: str, more: dict[str, Any], told: str) -> None:
+def test_recipes_that_cannot_work_say_so(
+    finetune: Made, method: str, more: dict[str, Any], told: str
+) -> None:
     with pytest.raises(InputError, match=told):
-        make_task(recipe(method, more=more), CPU)
+        make_task(finetune(method, more=more), CPU)
 
 
-def test_pictures_of_another_size_or_colour(recipe: Made) -> None:
+def test_pictures_of_another_size_or_colour(finetune: Made) -> None:
     with pytest.raises(InputError, match="multiples of 4"):
-        make_task(recipe("lora", data={"size": 18}), CPU)
+        make_task(finetune("lora", data={"size": 18}), CPU)
     with pytest.raises(InputError, match=r"data\.channels"):
-        make_task(recipe("lora", data={"channels": 1}), CPU)
+        make_task(finetune("lora", data={"channels": 1}), CPU)
 
 
-def test_the_digest_tells_of_pictures_and_model(recipe: Made, models: dict[str, Path]) -> None:
-    first = make_task(recipe("lora"), CPU).digest
-    assert make_task(recipe("lora", out="again"), CPU).digest == first
-    assert make_task(recipe("lora", "sdxl"), CPU).digest != first
-    assert json.loads(load_file(models["sd1"]).config.to_json())["name"] == SD1.name
+def test_the_digest_tells_of_pictures_and_model(finetune: Made, finetune_bases: dict[str, Path]) -> None:
+    first = make_task(finetune("lora"), CPU).digest
+    assert make_task(finetune("lora", out="again"), CPU).digest == first
+    assert make_task(finetune("lora", "sdxl"), CPU).digest != first
+    assert json.loads(load_file(finetune_bases["sd1"]).config.to_json())["name"] == SD1.name
 
 
-def test_other_averages_are_written_beside_the_first(recipe: Made) -> None:
+def test_other_averages_are_written_beside_the_first(finetune: Made) -> None:
     for method, first in (("lora", "tuned"), ("textual_inversion", "embeddings/pim"), ("full", "model")):
-        task = make_task(recipe(method, out=method), CPU)
+        task = make_task(finetune(method, out=method), CPU)
         assert isinstance(task, FinetuneTask)
         out = task.config.out
         task.finish(out / "model.safetensors")

@@ -102,4 +102,4 @@ def test_what_does_not_fit_is_said(
     assert main(["train", str(recipe), "--dry-run"]) == 0
     assert "does not fit" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
-    assert main(["train", str(tmp_path / "a.ini"), "--dry-run"]) == 2
+    assert main(["train", str(tmp_path / "a.ini"), "--dry-run"]) == 2  # there is none

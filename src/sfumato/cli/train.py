@@ -10,9 +10,8 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from sfumato.errors import InputError
-
 DRY_RUN = "--dry-run"
+INI = ".ini"
 
 
 def train(
@@ -32,7 +31,7 @@ def train(
     if len(words) < len(overrides):
         _plan(config, joined(tuple(words)))
         return
-    start = run_notes if config.suffix.lower() == ".ini" else run
+    start = run_notes if config.suffix.lower() == INI else run
     with reporter() as report:
         path = start(config, joined(overrides), report)
     print(path)
@@ -40,12 +39,12 @@ def train(
 
 def _plan(config: Path, overrides: list[str]) -> None:
     from sfumato.training.config import read_config
+    from sfumato.training.notes.run import recipe
     from sfumato.training.plan import plan
 
-    if config.suffix.lower() == ".ini":
-        raise InputError("plans are made of .toml recipes", "Leave --dry-run out; this file's run is short.")
     with reporter() as report:
-        found = plan(read_config(config, overrides), report)
+        notes = config.suffix.lower() == INI
+        found = plan(recipe(config, overrides, report) if notes else read_config(config, overrides), report)
     for words in found.lines():
         print(words)
 

@@ -110,8 +110,10 @@ def plan(config: TrainingConfig, report: Report = lambda _: None) -> Plan:
             return cast(Dataset, _Few(dataset, max(2, min(loop.batch, FEW))))
 
         task = make_task(few, device, told, narrowed)
-        share = sum(whole) / sum(min(count, max(2, min(loop.batch, FEW))) for count in whole)
-        encoding = encoded["seconds"] * share if encoded else 0.0
+        encoding = 0.0
+        if encoded:
+            opened = sum(min(count, max(2, min(loop.batch, FEW))) for count in whole)
+            encoding = encoded["seconds"] * sum(whole) / opened
         modules, parameters = task.modules, task.optimized()
         optimizers = make_optimizers(config.optimizer, parameters, modules)
         averages = averages_of(modules, loop.half_lives)

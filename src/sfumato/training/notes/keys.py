@@ -77,6 +77,9 @@ class NotesConfig(Section):
     objective: Literal["eps", "v", "x0"] | None = Field(
         default=None, description="what is predicted: eps, or v where zero_terminal_snr is True"
     )
+    ema_images: int = Field(
+        default=0, ge=0, description="half-life of averaged weights, which the sheets are drawn with; 0: none"
+    )
     input_depth: PositiveInt | None = Field(default=None, description="slices where dims = 3; None: as files")
     samples: PositiveInt = Field(default=16, description="on each sheet")
     preview_steps: PositiveInt = Field(default=10, description="for the sheets of all epochs but the last")

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sfumato.errors import InputError
+from sfumato.training.config import TrainingConfig
 from sfumato.training.distributed import joined
 from sfumato.training.loop import Report
 from sfumato.training.notes.ini import read_ini
 from sfumato.training.notes.keys import NotesConfig, parse
+from sfumato.training.notes.samples import Samples
 from sfumato.training.notes.translate import advice, training_config
 from sfumato.training.run import trained
 from sfumato.training.tasks.reproduction import ReproductionTask, samples_of
@@ -24,11 +26,22 @@ def run(path: Path, overrides: Sequence[str] = (), report: Report = lambda _: No
     notes, warnings = read_notes(path, overrides)
     with joined(notes.device) as (processes, device):
         told = report if processes.first else lambda _: None
-        for warning in [*warnings, *advice(notes)]:
-            told({"warning": warning})
-        samples = samples_of(training_config(notes, 1, path.stem), told)
-        config = training_config(notes, len(samples), path.stem)
+        config, samples = _opened(notes, warnings, path.stem, told)
         return trained(config, lambda: ReproductionTask(config, samples, device), device, told, processes)
+
+
+def recipe(path: Path, overrides: Sequence[str] = (), report: Report = lambda _: None) -> TrainingConfig:
+    """What `run` would train by, for a plan of it."""
+    return _opened(*read_notes(path, overrides), path.stem, report)[0]
+
+
+def _opened(
+    notes: NotesConfig, warnings: Sequence[str], name: str, report: Report
+) -> tuple[TrainingConfig, Samples]:
+    for warning in [*warnings, *advice(notes)]:
+        report({"warning": warning})
+    samples = samples_of(training_config(notes, 1, name), report)
+    return training_config(notes, len(samples), name), samples
 
 
 def read_notes(path: Path, overrides: Sequence[str] = ()) -> tuple[NotesConfig, list[str]]:

@@ -33,7 +33,7 @@ def training_config(notes: NotesConfig, count: int, name: str) -> TrainingConfig
         loop=LoopConfig(
             images=notes.epochs * count,
             batch=notes.batch_size,
-            ema_images=0,
+            ema_images=notes.ema_images,
             log_images=max(notes.batch_size, count // LOGGED),
             preview_images=count,
             save_images=count,
