@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a core for each worker, in processes that tests start too
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -145,12 +149,22 @@ def tiny_class_model() -> StableDiffusion:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_file() -> Callable[..., Path]:
+    """A function of (path, what is otherwise in the configuration) that writes such a model, and its path."""
+
+    def write(path: Path, **otherwise: Any) -> Path:
+        config = replace(tiny_config(), **otherwise)
+        parts = {part: module.state_dict() for part, module in networks(config).items()}
+        save_file(path, config, parts, torch.float32)
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model_file(tiny_file: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as a file."""
-    config, path = tiny_config(), tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    parts = {part: module.state_dict() for part, module in networks(config).items()}
-    save_file(path, config, parts, torch.float32)
-    return path
+    return tiny_file(tmp_path_factory.mktemp("model") / "tiny.safetensors")
 
 
 @pytest.fixture
@@ -166,3 +180,24 @@ def pixel_model() -> StableDiffusion:
         defaults={"steps": 3},
     )  # fmt: skip
     return StableDiffusion(config, networks(config))
+
+
+@pytest.fixture
+def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the documents' commands read, as in a clone; the working folder."""
+    shutil.copytree(Path(__file__).parent.parent / "configs", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Where illustration sets would have been built, which takes minutes and the network."""
+    built: list[Path] = []
+
+    def instead(out: Path, **options: object) -> SimpleNamespace:
+        built.append(out)
+        return SimpleNamespace(root=str(out), pictures=0, rows={})
+
+    monkeypatch.setattr("sfumato.data.illustrations.build", instead)
+    return built

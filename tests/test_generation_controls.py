@@ -253,6 +253,9 @@ def test_a_network_is_found_by_its_kind(
     asked = ControlPicture(kind="canny", picture=noisy())
     found = drawn(tiny_model, asked, control_dir=tmp_path)
     assert torch.equal(found, drawn(tiny_model, of(path, kind="canny")))
+    released = write(network, tmp_path / "control_v11p_sd15_softedge.safetensors")
+    found = drawn(tiny_model, ControlPicture(kind="soft_edges", picture=noisy()), control_dir=tmp_path)
+    assert torch.equal(found, drawn(tiny_model, of(released, kind="soft_edges")))
     with pytest.raises(InputError, match="0 networks named after 'blur'"):
         drawn(tiny_model, ControlPicture(kind="blur", picture=noisy()), control_dir=tmp_path)
     with pytest.raises(InputError, match="has no network"):

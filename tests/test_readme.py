@@ -3,42 +3,26 @@
 from __future__ import annotations
 
 import re
-import shlex
 import shutil
+import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
-from sfumato import cli
+sys.path.insert(0, str(Path(__file__).parent))
+import documents
+from documents import ROOT
+
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.load import open_model
 
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = documents.page("README.md")
 INSTALL = re.compile(r"python3 -m venv \.venv && .*")
-SMALL_UNET = [
-    "--loop.images=64",
-    "--unet.model_channels=16",
-    "--unet.num_head_channels=16",
-    "--diffusion.steps=2",
-]
-SHORT = {  # what training runs are cut to, by the last word of their recipe
-    "autoencoder": ["--loop.images=16", "--first_stage.ch=8"],
-    "diffusion": SMALL_UNET,
-    "finish": SMALL_UNET,
-}
-
-
 DRAWS = re.compile(r"sfumato (generate|info|replay|grid|upscale|morph) ")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-
-
 def commands() -> list[str]:
-    return [line for block in blocks("bash") for line in block.splitlines() if line]
+    return documents.commands(README)
 
 
 def test_install_commands_are_those_that_ci_runs():
@@ -48,36 +32,11 @@ def test_install_commands_are_those_that_ci_runs():
     assert "README.md" in ci, "CI takes the commands out of the README"
 
 
-@pytest.fixture
-def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the commands read, as in a clone."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-@pytest.fixture
-def build(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """Where illustration sets would have been built, which takes minutes and the network."""
-    built: list[Path] = []
-
-    def instead(out: Path, **options: object) -> SimpleNamespace:
-        built.append(out)
-        return SimpleNamespace(root=str(out), pictures=0, rows={})
-
-    monkeypatch.setattr("sfumato.data.illustrations.build", instead)
-    return built
-
-
 def run(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    program, *arguments = shlex.split(command)
-    assert program == "sfumato", command
-    if arguments[0] == "train":
-        recipe = Path(arguments[1]).stem
-        if recipe.startswith("illustrations"):
-            arguments += ["--data.path=pictures", "--data.repeats={}"]
-        arguments += SHORT[recipe.split("-")[1]]
-    assert cli.main(arguments) == 0, f"{command}\n{capsys.readouterr().err}"
+    more = documents.shortened(command)
+    if re.match(r"sfumato train \S*/illustrations-", command):
+        more = ["--data.path=pictures", "--data.repeats={}", *more]
+    documents.run(command, capsys, *more)
 
 
 @pytest.mark.slow
@@ -125,7 +84,7 @@ def test_no_command_is_forgotten():
 
 def test_python_examples(clone: Path):
     scope: dict[str, object] = {}
-    for block in blocks("python"):
+    for block in documents.blocks(README, "python"):
         exec(compile(block, "README.md", "exec"), scope)  # the README is ours
     assert (clone / "apple.png").exists()
 

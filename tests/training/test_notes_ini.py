@@ -201,7 +201,8 @@ def test_epochs_are_passes_over_the_samples() -> None:
     config = training_config(notes(), 25, "a")
     assert (config.loop.images, config.loop.batch, config.loop.preview_images) == (75, 10, 25)
     assert config.loop.ema_images == 0 and config.optimizer.decay == "constant"
-    assert training_config(notes(ema_images="900"), 1, "a").loop.half_lives == (900,)
+    changed = training_config(notes(ema_images="900", precision="bfloat16"), 1, "a").loop
+    assert changed.half_lives == (900,) and changed.precision == "bfloat16"
 
 
 # Samples

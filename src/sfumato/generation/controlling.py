@@ -29,6 +29,7 @@ from sfumato.nn.clip_vision import CLIPVisionEncoder
 from sfumato.nn.deep_shrink import deep_shrink
 from sfumato.nn.patches import combine_patches
 from sfumato.nn.unet import Patch
+from sfumato.preprocess import PREPROCESSORS
 from sfumato.request import ControlPicture, Request
 
 KEPT = 4  # networks that stay loaded between requests
@@ -117,14 +118,17 @@ def _as_wide(control: Control, dtype: torch.dtype) -> Control:
 
 
 def _by_kind(asked: ControlPicture, folder: str | None) -> Path:
-    """The network of a folder whose name holds the kind."""
+    """The network of a folder whose name holds the kind, or what networks for it are called."""
     if folder is None:
         raise InputError(
             f"the control {asked.kind} has no network",
             f"Give one: {asked.kind}:picture.png model=FILE, or a folder of them as control_dir.",
         )
     files = sorted(each for each in Path(folder).iterdir() if not each.name.startswith("."))
-    found = [each for each in files if asked.kind.casefold() in each.name.casefold()]
+    row = PREPROCESSORS.get(asked.kind)
+    called = [] if row is None else [each.split()[-1] for each in row.networks.split(", ")]
+    named = ([each for each in files if _holds(each, words)] for words in ([asked.kind], called))
+    found = next(filter(None, named), [])
     if len(found) != 1:
         names = ", ".join(each.name for each in found or files[:20])
         raise InputError(
@@ -132,6 +136,10 @@ def _by_kind(asked: ControlPicture, folder: str | None) -> Path:
             f"Say which: {asked.kind}:picture.png model=FILE.",
         )
     return found[0]
+
+
+def _holds(file: Path, words: Sequence[str]) -> bool:
+    return any(word.casefold() in file.name.casefold() for word in words)
 
 
 def _loaded(source: Any, model: StableDiffusion) -> Any:

@@ -83,6 +83,9 @@ class NotesConfig(Section):
     input_depth: PositiveInt | None = Field(default=None, description="slices where dims = 3; None: as files")
     samples: PositiveInt = Field(default=16, description="on each sheet")
     preview_steps: PositiveInt = Field(default=10, description="for the sheets of all epochs but the last")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="auto: bfloat16 on GPUs that have it"
+    )
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
 

@@ -34,6 +34,7 @@ def training_config(notes: NotesConfig, count: int, name: str) -> TrainingConfig
             images=notes.epochs * count,
             batch=notes.batch_size,
             ema_images=notes.ema_images,
+            precision=notes.precision,
             log_images=max(notes.batch_size, count // LOGGED),
             preview_images=count,
             save_images=count,
