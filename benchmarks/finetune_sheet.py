@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import sfumato
-from sfumato.checkpoints.addons import Weighted, apply_addons, read_lora
+from sfumato.checkpoints.addons.apply import Weighted, apply_addons, read_lora
 from sfumato.checkpoints.files import read_tensors
 from sfumato.conditioning import Conditioning
 from sfumato.generation import draw, generate

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.addons import Lora, Weighted, apply_addons, read_lora
-from sfumato.checkpoints.addons_names import names_of
+from sfumato.checkpoints.addons.apply import Lora, Weighted, apply_addons, read_lora
+from sfumato.checkpoints.addons.names import names_of
 from sfumato.checkpoints.files import write_tensors
 from sfumato.checkpoints.load import ModelFile, open_model
 from sfumato.model import EMBEDDED

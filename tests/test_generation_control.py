@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessor
 
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.conditioning import Conditioning
 from sfumato.diffusion.control import Influence
 from sfumato.diffusion.guidance import cfg, guided

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sfumato import Request
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.control_write import write_controlnet
-from sfumato.checkpoints.controls import load_control
-from sfumato.checkpoints.layouts import to_foreign
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.controls.load import load_control
+from sfumato.checkpoints.controls.write import write_controlnet
+from sfumato.checkpoints.layouts.tables import to_foreign
 from sfumato.cli import main
 from sfumato.diffusion.control import Influence
 from sfumato.diffusion.noise import ImageNoise

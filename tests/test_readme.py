@@ -12,7 +12,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 import documents
 from documents import ROOT
-
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.load import open_model
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.controls import find_control
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.controls.load import find_control
 from sfumato.checkpoints.files import open_file
-from sfumato.checkpoints.layouts import to_foreign
+from sfumato.checkpoints.layouts.tables import to_foreign
 from sfumato.errors import CheckpointError
 from sfumato.families import FAMILIES
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig

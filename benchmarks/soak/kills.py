@@ -126,6 +126,7 @@ KINDS = {
 OVERRIDES = {"two processes, sharded": ['--loop.parallel="fsdp"']}
 BASED = ("LoRA", "textual inversion")  # on a model of a few steps
 IN_SAVE = 3  # every third kill waits for a half-written state
+FINISHED = "finished"
 PATIENCE = 300  # seconds after which a child that does nothing is a failure
 
 
@@ -208,7 +209,7 @@ def kill(run: Run, processes: int, chance: random.Random, seconds: float, in_sav
     child.communicate()
     if half_written:
         return "inside a save"
-    return "finished" if (run.out / "model.safetensors").exists() else "while training"
+    return FINISHED if (run.out / "model.safetensors").exists() else "while training"
 
 
 def soak(
@@ -222,8 +223,11 @@ def soak(
     seconds = finish(undisturbed)
     wanted = weights(undisturbed)
     for number in range(kills):
-        run = prepared(recipe, root / f"{recipe.stem}-{number}", processes, overrides)
-        place = kill(run, processes, chance, seconds, number % IN_SAVE == 0)
+        run, place = prepared(recipe, root / f"{recipe.stem}-{number}", processes, overrides), FINISHED
+        while place == FINISHED:  # it was too late: another run, killed earlier
+            shutil.rmtree(run.out, ignore_errors=True)
+            place = kill(run, processes, chance, seconds, number % IN_SAVE == 0)
+            seconds *= 0.9 if place == FINISHED else 1.0
         where[place] = where.get(place, 0) + 1
         finish(run)
         equal += weights(run) == wanted

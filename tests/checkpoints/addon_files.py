@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.addons import Weighted, apply_addons
+from sfumato.checkpoints.addons.apply import Weighted, apply_addons
 from sfumato.checkpoints.files import write_tensors
 from sfumato.checkpoints.load import ModelFile
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.build import NETWORKS
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.files import write_tensors
-from sfumato.checkpoints.layouts import generate, prefix, to_foreign
+from sfumato.checkpoints.layouts.tables import generate, prefix, to_foreign
 from sfumato.checkpoints.load import open_model
 from sfumato.nn.autoencoder import AutoencoderConfig
 from sfumato.nn.clip import CLIPTextConfig

@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from addon_files import CONV, NORM, QUERY, digest, dotted, draw, everything, kohya, layers, one, weight, write
 
-from sfumato.checkpoints.addons import Lora, Weighted, apply_addons, merged, read_lora, read_weighted
+from sfumato.checkpoints.addons.apply import Lora, Weighted, apply_addons, merged, read_lora, read_weighted
 from sfumato.checkpoints.build import NETWORKS
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.files import sha256
-from sfumato.checkpoints.layouts import pairs, prefix, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, prefix, to_foreign
 from sfumato.checkpoints.load import ModelFile, open_model
 from sfumato.cli import main
 from sfumato.errors import CheckpointError, InputError, NumericalError

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.addons import read_embedding
+from sfumato.checkpoints.addons.apply import read_embedding
 from sfumato.checkpoints.files import write_tensors
 from sfumato.errors import CheckpointError
 from sfumato.families import FAMILIES

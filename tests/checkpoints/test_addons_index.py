@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sfumato.checkpoints.addons import AddonIndex
+from sfumato.checkpoints.addons.apply import AddonIndex
 from sfumato.errors import InputError
 
 

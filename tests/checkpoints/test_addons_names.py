@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 
-from sfumato.checkpoints.addons_names import find_layer, names_of
+from sfumato.checkpoints.addons.names import find_layer, names_of
 from sfumato.families import FAMILIES
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from addon_files import Factors, dotted, draw, hooked, kohya, layers, write
 from torch import Tensor, nn
 
-from sfumato.checkpoints.addons import Weighted, apply_addons, fit, read_lora
+from sfumato.checkpoints.addons.apply import Weighted, apply_addons, fit, read_lora
 from sfumato.checkpoints.load import ModelFile, open_model
 from sfumato.nn.clip import CLIPTextEncoder
 from sfumato.nn.unet import UNet

@@ -32,8 +32,8 @@ from addon_files import (
     write,
 )
 
-from sfumato.checkpoints.addons import Lora, Weighted, apply_addons, fit, read_lora
-from sfumato.checkpoints.addons_names import names_of
+from sfumato.checkpoints.addons.apply import Lora, Weighted, apply_addons, fit, read_lora
+from sfumato.checkpoints.addons.names import names_of
 from sfumato.checkpoints.load import ModelFile, open_model
 from sfumato.errors import CheckpointError, InputError, UnsafeCheckpointError
 from sfumato.families import FAMILIES

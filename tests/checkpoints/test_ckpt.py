@@ -22,7 +22,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from benign import Benign, benign
 from hostile import FLOATS, Member, Zip, archive, hostile, item, legacy, program, storage, tensor
 
-from sfumato.checkpoints import ckpt, ckpt_legacy, ckpt_tensors, ckpt_zip
+from sfumato.checkpoints.ckpt import archive as ckpt_zip
+from sfumato.checkpoints.ckpt import legacy as ckpt_legacy
+from sfumato.checkpoints.ckpt import sources as ckpt
+from sfumato.checkpoints.ckpt import tensors as ckpt_tensors
 from sfumato.checkpoints.files import open_file
 from sfumato.checkpoints.load import is_finite
 from sfumato.checkpoints.source import TensorInfo

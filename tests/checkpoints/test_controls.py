@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.adapters_layouts import ip_pairs, t2i_pairs
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.controls import find_control, load_control
+from sfumato.checkpoints.controls.adapters_layouts import ip_pairs, t2i_pairs
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.controls.load import find_control, load_control
 from sfumato.checkpoints.files import open_file, write_tensors
-from sfumato.checkpoints.layouts import to_foreign
+from sfumato.checkpoints.layouts.tables import to_foreign
 from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder

@@ -19,7 +19,7 @@ from sfumato.checkpoints import stream
 from sfumato.checkpoints.build import NETWORKS
 from sfumato.checkpoints.convert import convert
 from sfumato.checkpoints.files import open_file, read_tensors, write_tensors
-from sfumato.checkpoints.layouts import generate, prefix, to_foreign
+from sfumato.checkpoints.layouts.tables import generate, prefix, to_foreign
 from sfumato.checkpoints.load import open_model
 from sfumato.checkpoints.save import save_file
 from sfumato.checkpoints.source import TensorInfo

@@ -12,9 +12,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sfumato.checkpoints.detect import Plan, detect, explain_unknown, fit_part
-from sfumato.checkpoints.detect_families import SD1, SDXL, UNETS, plain_form
-from sfumato.checkpoints.layouts import FOLDERS, pairs, prefix
+from sfumato.checkpoints.detect.families import SD1, SDXL, UNETS, plain_form
+from sfumato.checkpoints.detect.plan import Plan, detect, explain_unknown, fit_part
+from sfumato.checkpoints.layouts.tables import FOLDERS, pairs, prefix
 from sfumato.checkpoints.rules import RULES, rule_of
 from sfumato.checkpoints.source import TensorInfo
 from sfumato.diffusion.schedule import ScheduleConfig

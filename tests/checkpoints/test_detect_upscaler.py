@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sfumato.checkpoints.build import NETWORKS
 from sfumato.checkpoints.convert import convert
-from sfumato.checkpoints.detect import Plan, detect
-from sfumato.checkpoints.detect_families import UNETS, plain_form
+from sfumato.checkpoints.detect.families import UNETS, plain_form
+from sfumato.checkpoints.detect.plan import Plan, detect
 from sfumato.checkpoints.files import write_tensors
-from sfumato.checkpoints.layouts import pairs, prefix, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, prefix, to_foreign
 from sfumato.checkpoints.load import open_model
 from sfumato.checkpoints.report import as_text, report
 from sfumato.checkpoints.rules import rule_of

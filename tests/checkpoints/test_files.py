@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sfumato.checkpoints import files
-from sfumato.checkpoints.ckpt import MAX_EMPTY
+from sfumato.checkpoints.ckpt.sources import MAX_EMPTY
 from sfumato.checkpoints.files import (
     MAX_HEADER,
     MAX_TENSORS,

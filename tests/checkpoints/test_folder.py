@@ -18,17 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import sfumato
-from sfumato.checkpoints.detect_families import AUTOENCODERS, UNETS
-from sfumato.checkpoints.diffusers_rest import read_scheduler, scheduler_values
-from sfumato.checkpoints.diffusers_stages import (
+from sfumato.checkpoints.detect.families import AUTOENCODERS, UNETS
+from sfumato.checkpoints.layouts.diffusers_rest import read_scheduler, scheduler_values
+from sfumato.checkpoints.layouts.diffusers_stages import (
     autoencoder_config,
     autoencoder_values,
     text_config,
     text_values,
 )
-from sfumato.checkpoints.diffusers_unet import unet_config, unet_values
+from sfumato.checkpoints.layouts.diffusers_unet import unet_config, unet_values
+from sfumato.checkpoints.layouts.naming import weight_file, weight_files
 from sfumato.checkpoints.load import open_model
-from sfumato.checkpoints.naming import weight_file, weight_files
 from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip import CLIPTextConfig

@@ -15,8 +15,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion import LDMBertConfig, LDMBertModel
 from torch import Tensor, nn
 
-from sfumato.checkpoints.detect_families import UNETS
-from sfumato.checkpoints.layouts import LAYOUTS, generate, pairs, prefix, to_foreign, to_native
+from sfumato.checkpoints.detect.families import UNETS
+from sfumato.checkpoints.layouts.tables import LAYOUTS, generate, pairs, prefix, to_foreign, to_native
 from sfumato.errors import InputError
 from sfumato.families import AUTOENCODERS, CLIP_L, OPENCLIP_BIGG, OPENCLIP_H
 from sfumato.nn.attention import AttentionBlock

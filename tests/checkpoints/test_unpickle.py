@@ -20,10 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from hostile import call, item, name, number, program, text
 
-from sfumato.checkpoints import pickle_policy, pickle_records, unpickle
-from sfumato.checkpoints.pickle_policy import Forbidden, Use, judge
-from sfumato.checkpoints.pickle_records import Global, Placeholder, Table
-from sfumato.checkpoints.unpickle import Unpickled
+from sfumato.checkpoints.ckpt import policy as pickle_policy
+from sfumato.checkpoints.ckpt import records as pickle_records
+from sfumato.checkpoints.ckpt import unpickle
+from sfumato.checkpoints.ckpt.policy import Forbidden, Use, judge
+from sfumato.checkpoints.ckpt.records import Global, Placeholder, Table
+from sfumato.checkpoints.ckpt.unpickle import Unpickled
 
 
 def read(content: bytes) -> Unpickled:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sfumato.checkpoints.build import NETWORKS
-from sfumato.checkpoints.layouts import PARTS, pairs, prefix
+from sfumato.checkpoints.layouts.tables import PARTS, pairs, prefix
 from sfumato.compat.ldm import (
     DDPM,
     BERTEmbedder,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPVisionConfig as ReferenceConfig
 from transformers import CLIPVisionModelWithProjection
 
-from sfumato.checkpoints.adapters_layouts import vision_pairs
+from sfumato.checkpoints.controls.adapters_layouts import vision_pairs
 from sfumato.errors import InputError
 from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.runtime import shapes_only

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.layouts import to_foreign
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.layouts.tables import to_foreign
 from sfumato.errors import InputError
 from sfumato.families import FAMILIES
 from sfumato.nn.controlnet import NEW, ControlNet, ControlNetConfig, controlnet_from_unet

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.adapters_layouts import ip_pairs
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.controls.adapters_layouts import ip_pairs
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import InputError
 from sfumato.families import FAMILIES
 from sfumato.nn.ip_adapter import IPAdapter, IPAdapterConfig, image_layers, image_prompt_patch

@@ -14,7 +14,7 @@ from diffusers.pipelines.deprecated.stable_diffusion_sag.pipeline_stable_diffusi
 )
 from torch import Tensor, nn
 
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import InputError
 from sfumato.nn.attention import attend
 from sfumato.nn.patches import (

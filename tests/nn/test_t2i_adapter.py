@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.adapters_layouts import t2i_pairs
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.controls.adapters_layouts import t2i_pairs
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import InputError
 from sfumato.families import FAMILIES
 from sfumato.nn.t2i_adapter import T2IAdapter, T2IAdapterConfig, adapter_patch, adapter_places

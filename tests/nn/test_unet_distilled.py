@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import InputError
 from sfumato.nn.unet import UNet, UNetConfig
 

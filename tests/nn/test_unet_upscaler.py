@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.diffusers_unet import unet_values
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.layouts.diffusers_unet import unet_values
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import InputError
 from sfumato.families import FAMILIES
 from sfumato.nn.patches import perturbed_attention, self_attention_layers

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.training.config import TrainingConfig
 from sfumato.training.objective import Drawn, drawn_batch
 from sfumato.training.run import make_task

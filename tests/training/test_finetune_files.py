@@ -16,11 +16,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from finetune_models import BOTH, METHODS, SD1, SDXL, UNET, networks, tables, written
 
-from sfumato.checkpoints.addons import Weighted, apply_addons, fit, read_embedding, read_lora
-from sfumato.checkpoints.addons_write import LowRank, write_embedding, write_lora
-from sfumato.checkpoints.controls import load_control
+from sfumato.checkpoints.addons.apply import Weighted, apply_addons, fit, read_embedding, read_lora
+from sfumato.checkpoints.addons.write import LowRank, write_embedding, write_lora
+from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import read_tensors
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.errors import CheckpointError, InputError, NumericalError
 from sfumato.generation import draw, generate
 from sfumato.model import StableDiffusion

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).parent))
 from finetune_models import METHODS, SD1, UNET, tables, written
 
-from sfumato.checkpoints.control_layouts import control_pairs
-from sfumato.checkpoints.layouts import pairs, to_foreign
+from sfumato.checkpoints.controls.layouts import control_pairs
+from sfumato.checkpoints.layouts.tables import pairs, to_foreign
 from sfumato.training import objective
 from sfumato.training.config import TrainingConfig
 from sfumato.training.finetune import FinetuneTask

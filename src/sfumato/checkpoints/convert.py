@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sfumato.checkpoints.layouts import LAYOUTS, Pair, pairs, prefix
+from sfumato.checkpoints.layouts.naming import WEIGHT_SUFFIXES
+from sfumato.checkpoints.layouts.tables import LAYOUTS, Pair, pairs, prefix
 from sfumato.checkpoints.load import check_parts, is_finite
 from sfumato.checkpoints.metadata import describe
-from sfumato.checkpoints.naming import WEIGHT_SUFFIXES
 from sfumato.checkpoints.opened import Opened, Part
 from sfumato.checkpoints.rules import NOT_AVERAGED, UNUSED_LAYER, UNUSED_PROJECTION
 from sfumato.checkpoints.source import TensorInfo

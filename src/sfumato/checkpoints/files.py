@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sfumato.checkpoints.ckpt import MAX_EMPTY, MAX_NAME, MAX_TENSORS, open_legacy, open_zip
-from sfumato.checkpoints.ckpt_tensors import MAX_RANK, MAX_SIDES, Bytes, View
-from sfumato.checkpoints.pickle_policy import Forbidden
+from sfumato.checkpoints.ckpt.policy import Forbidden
+from sfumato.checkpoints.ckpt.sources import MAX_EMPTY, MAX_NAME, MAX_TENSORS, open_legacy, open_zip
+from sfumato.checkpoints.ckpt.tensors import MAX_RANK, MAX_SIDES, Bytes, View
 from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError, NumericalError, ResourceError, UnsafeCheckpointError
 

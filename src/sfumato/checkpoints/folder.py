@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.detect_families import autoencoder_family, base_of, concat_of, family_of
-from sfumato.checkpoints.detect_fit import fit_part
-from sfumato.checkpoints.diffusers_rest import Words, read_scheduler, read_tokenizer_folder
-from sfumato.checkpoints.diffusers_stages import autoencoder_config, bert_config, text_config
-from sfumato.checkpoints.diffusers_unet import UNetRecord, unet_config
+from sfumato.checkpoints.detect.families import autoencoder_family, base_of, concat_of, family_of
+from sfumato.checkpoints.detect.fit import fit_part
 from sfumato.checkpoints.files import open_file
-from sfumato.checkpoints.naming import INDEX, variant_of, weight_file
+from sfumato.checkpoints.layouts.diffusers_rest import Words, read_scheduler, read_tokenizer_folder
+from sfumato.checkpoints.layouts.diffusers_stages import autoencoder_config, bert_config, text_config
+from sfumato.checkpoints.layouts.diffusers_unet import UNetRecord, unet_config
+from sfumato.checkpoints.layouts.naming import INDEX, variant_of, weight_file
 from sfumato.checkpoints.opened import Opened, Part
 from sfumato.checkpoints.rules import UNUSED_PROJECTION, sort_out
 from sfumato.checkpoints.schema import class_name, parse, read_json

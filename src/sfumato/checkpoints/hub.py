@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sfumato.checkpoints.naming import WEIGHT_SUFFIXES, weight_files
+from sfumato.checkpoints.layouts.naming import WEIGHT_SUFFIXES, weight_files
 from sfumato.errors import CheckpointError, ResourceError, SfumatoError
 
 NAME = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(?:/(?P<path>.+))?")

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from sfumato.checkpoints.build import assign, build, check_fit, copy_into
-from sfumato.checkpoints.detect import explain_unknown
-from sfumato.checkpoints.detect_families import family_of
+from sfumato.checkpoints.detect.families import family_of
+from sfumato.checkpoints.detect.plan import explain_unknown
 from sfumato.checkpoints.files import sha256
 from sfumato.checkpoints.metadata import METADATA_KEY
 from sfumato.checkpoints.open import open_anything

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from sfumato.checkpoints.detect import detect
+from sfumato.checkpoints.detect.plan import detect
 from sfumato.checkpoints.files import open_file
 from sfumato.checkpoints.folder import open_component, open_pipeline
 from sfumato.checkpoints.hub import HubName, download, hub_name

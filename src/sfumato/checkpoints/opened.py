@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sfumato.checkpoints.layouts import Pair
+from sfumato.checkpoints.layouts.tables import Pair
 from sfumato.checkpoints.source import Source, TensorInfo
 from sfumato.errors import CheckpointError
 from sfumato.presets import ModelConfig

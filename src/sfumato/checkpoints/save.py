@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sfumato.checkpoints.files import converted, write_tensors
-from sfumato.checkpoints.layouts import PARTS, generate, prefix, to_foreign
+from sfumato.checkpoints.layouts.tables import PARTS, generate, prefix, to_foreign
 from sfumato.checkpoints.metadata import METADATA_KEY
 from sfumato.presets import ModelConfig
 

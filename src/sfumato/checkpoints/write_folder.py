@@ -11,11 +11,11 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sfumato.checkpoints.diffusers_rest import scheduler_values, tokenizer_files, wordpiece_files
-from sfumato.checkpoints.diffusers_stages import autoencoder_values, bert_values, text_values
-from sfumato.checkpoints.diffusers_unet import unet_values
 from sfumato.checkpoints.files import disk_errors, sync
-from sfumato.checkpoints.layouts import FOLDERS
+from sfumato.checkpoints.layouts.diffusers_rest import scheduler_values, tokenizer_files, wordpiece_files
+from sfumato.checkpoints.layouts.diffusers_stages import autoencoder_values, bert_values, text_values
+from sfumato.checkpoints.layouts.diffusers_unet import unet_values
+from sfumato.checkpoints.layouts.tables import FOLDERS
 from sfumato.checkpoints.schema import WRITTEN_FOR
 from sfumato.checkpoints.source import TensorInfo
 from sfumato.checkpoints.stream import check_space, write_stream

@@ -51,7 +51,7 @@ def convert(
 ) -> None:
     """Write a model in another layout; tensors that both layouts hold stay bit-equal, the rest is listed."""
     # These import torch, which a help text can do without.
-    from sfumato.checkpoints.addons import merged, read_weighted
+    from sfumato.checkpoints.addons.apply import merged, read_weighted
     from sfumato.checkpoints.convert import check_out
     from sfumato.checkpoints.convert import convert as write
     from sfumato.checkpoints.load import open_model

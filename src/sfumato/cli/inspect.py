@@ -28,7 +28,7 @@ def inspect(
     No tensor is read. The exit code is 3 where the file is no model that loads, with a report of what it is.
     """
     # These import torch, which a help text can do without.
-    from sfumato.checkpoints.detect import explain_unknown
+    from sfumato.checkpoints.detect.plan import explain_unknown
     from sfumato.checkpoints.files import open_file
     from sfumato.checkpoints.open import locate, name_of, open_path
     from sfumato.checkpoints.report import as_text, report, unknown_report

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from sfumato.checkpoints.addons import (
+from sfumato.checkpoints.addons.apply import (
     AddonIndex,
     Weighted,
     apply_addons,

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sfumato.checkpoints.controls import load_control
+from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import sha256
 from sfumato.diffusion.control import Influence, timed
 from sfumato.diffusion.prediction import ConditionalDenoiser, Predictor

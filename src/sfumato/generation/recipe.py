@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from sfumato import __version__
-from sfumato.checkpoints.addons import Weighted
+from sfumato.checkpoints.addons.apply import Weighted
 from sfumato.checkpoints.files import sha256
 from sfumato.generation.notes import Notes
 from sfumato.generation.start import read_noise

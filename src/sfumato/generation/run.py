@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from sfumato import images
-from sfumato.checkpoints.addons import Weighted
+from sfumato.checkpoints.addons.apply import Weighted
 from sfumato.conditioning import Conditioning, concatenate
 from sfumato.diffusion.noise import ImageNoise
 from sfumato.diffusion.samplers import Step, sampler

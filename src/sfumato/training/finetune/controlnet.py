@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sfumato.checkpoints.control_write import write_controlnet
-from sfumato.checkpoints.controls import load_control
+from sfumato.checkpoints.controls.load import load_control
+from sfumato.checkpoints.controls.write import write_controlnet
 from sfumato.conditioning import Conditioning
 from sfumato.errors import InputError
 from sfumato.generation import draw

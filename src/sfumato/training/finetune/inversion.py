@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.addons_write import write_embedding
+from sfumato.checkpoints.addons.write import write_embedding
 from sfumato.conditioning import Conditioning
 from sfumato.errors import InputError
 from sfumato.generation import generate

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sfumato.checkpoints.addons_write import Dialect, LowRank, write_lora
+from sfumato.checkpoints.addons.write import Dialect, LowRank, write_lora
 from sfumato.errors import InputError
 from sfumato.training.finetune.as_it_is import AsItIs
 from sfumato.training.finetune.captions import Captions

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.checkpoints.build import assign
-from sfumato.checkpoints.controls import load_control
+from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import open_file, sha256
 from sfumato.checkpoints.load import is_finite, load_file
 from sfumato.errors import CheckpointError, InputError

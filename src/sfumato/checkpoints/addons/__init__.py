@@ -1,0 +1,1 @@
+"""LoRA and embeddings: found, read, fitted to a model, applied, written."""

@@ -1,0 +1,1 @@
+"""What a file of weights is, by the names and shapes of its tensors."""
