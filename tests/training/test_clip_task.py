@@ -213,6 +213,24 @@ def test_any_text_encoder_will_do() -> None:
     assert tower.config == model.config.text and tower.tokenizer == model.config.tokenizer
 
 
+def test_a_denoiser_reads_it_frozen(
+    finished: Path, latent: Recipe, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    short = {"images": 8, "save_images": 8, "preview_images": 8}
+    told = {"text_from": finished, "text_trainable": False, "prompts": ("a square",)}
+    path = trained(latent(tmp_path / "run", diffusion=told, loop=short, text=None))
+    model = sfumato.load(path, device="cpu")
+    tower = load_text_tower(finished)
+    assert model.text_encoder is not None and model.config.tokenizer == tower.tokenizer
+    mine, theirs = model.text_encoder.state_dict(), tower.encoder.state_dict()
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+    tokens = torch.tensor([[0, 1, 1, 1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        states = (each(tokens).last_hidden_state for each in (model.text_encoder, tower.encoder))
+    assert torch.equal(*states)
+    assert sfumato.generate(model, sfumato.Request(prompt="a square", steps=1, seed=0)).images
+
+
 def damaged(
     tmp_path: Path, file: Path, changes: Mapping[str, Tensor | None], metadata: dict[str, str]
 ) -> Path:

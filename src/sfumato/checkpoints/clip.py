@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from sfumato.checkpoints.build import assign, built
 from sfumato.checkpoints.files import converted, open_file, write_tensors
-from sfumato.checkpoints.load import is_finite, load_file
+from sfumato.checkpoints.load import ModelFile, identity, is_finite, load_file
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionConfig, CLIPVisionEncoder
@@ -62,11 +62,24 @@ class LoadedCLIP:
 
 @dataclass(frozen=True)
 class TextTower:
-    """A text encoder without its projection, frozen, and the JSON of the tokenizer that it reads."""
+    """A text encoder without its projection, to condition a denoiser on.
 
+    tokenizer: JSON of the one that it reads, None for CLIP's. layer: the one to read, from the end, 1 the
+    last; normed: through the final norm.
+    """
+
+    name: str
     config: CLIPTextConfig
-    tokenizer: str
+    tokenizer: str | None
     encoder: CLIPTextEncoder
+    files: Sequence[Path]
+    layer: int = 1
+    normed: bool = True
+
+    @cached_property
+    def identity(self) -> str:
+        """Hex sha256 of its file, or of the sums of its files."""
+        return identity(self.files)
 
 
 @dataclass(frozen=True)
@@ -148,22 +161,26 @@ def load_clip(
 
 
 def load_text_tower(path: Path | str) -> TextTower:
-    """The text encoder of a file of `save_clip`, or of anything else that holds one, in float32.
+    """The text encoder in a file of `save_clip` or of any model, in float32; else `CheckpointError`."""
+    if not is_clip(Path(path)):
+        return text_tower(load_file(Path(path), torch.float32))
+    loaded = load_clip(path)
+    told = loaded.description
+    return TextTower(told.name, _unprojected(loaded.text), told.tokenizer, loaded.text, [Path(path)])
 
-    Raises `CheckpointError` where there is none, or where the file does not say by which tokenizer it reads.
-    """
-    if is_clip(Path(path)):
-        loaded = load_clip(path)
-        config, tokenizer, encoder = loaded.description.text, loaded.description.tokenizer, loaded.text
-    else:
-        file = load_file(Path(path), torch.float32)
-        encoder = cast(CLIPTextEncoder, file.module("text"))
-        config, tokenizer = encoder.config, file.config.tokenizer
-    if tokenizer is None:
-        raise CheckpointError(f"{path} holds a text encoder without its tokenizer", "Give another file.")
+
+def text_tower(file: ModelFile) -> TextTower:
+    """A model's text encoder, which loses its projection; `CheckpointError` for a model without one."""
+    encoder, config = cast(CLIPTextEncoder, file.module("text")), file.config
+    own = _unprojected(encoder)
+    files = file.opened.files
+    return TextTower(config.name, own, config.tokenizer, encoder, files, config.clip_skip, config.text_normed)
+
+
+def _unprojected(encoder: CLIPTextEncoder) -> CLIPTextConfig:
     encoder.text_projection = nn.Identity()
-    encoder.config = dataclasses.replace(config, projection_dim=None)
-    return TextTower(encoder.config, tokenizer, encoder)
+    encoder.config = dataclasses.replace(encoder.config, projection_dim=None)
+    return encoder.config
 
 
 def load_image_tower(path: Path | str, device: torch.device | None = None) -> ImageTower:

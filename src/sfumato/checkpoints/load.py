@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -95,8 +95,7 @@ class ModelFile:
     @cached_property
     def identity(self) -> str:
         """Hex sha256 of the model's file, or of the sums of its files; reads them all, three seconds a GB."""
-        sums = [sha256(file) for file in self.opened.files]
-        return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+        return identity(self.opened.files)
 
     @property
     def report(self) -> dict[str, Any]:
@@ -111,6 +110,12 @@ class ModelFile:
                 "Give another model.",
             )
         return self.modules[part]
+
+
+def identity(files: Sequence[Path]) -> str:
+    """Hex sha256 of a file, or of the sums of several."""
+    sums = [sha256(file) for file in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
 def open_model(

@@ -13,7 +13,8 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.load import ModelFile, copy_into
+from sfumato.checkpoints.clip import TextTower
+from sfumato.checkpoints.load import copy_into
 from sfumato.conditioning import Conditioning
 from sfumato.errors import DataError, InputError
 from sfumato.nn.classes import ClassEmbedder, ClassEmbedderConfig
@@ -52,7 +53,7 @@ class Condition(Protocol):
 class Captions:
     """Captions as a context of tokens, by a text transformer that is trained along or stays as it is.
 
-    start: the model whose tokenizer and weights it has, where there is one. Raises `InputError` for a recipe
+    start: the one whose tokenizer and weights it has, where there is one. Raises `InputError` for a recipe
     that does not say which text transformer.
     """
 
@@ -60,7 +61,7 @@ class Captions:
         self,
         config: TrainingConfig,
         data: tuple[Dataset, Dataset],
-        start: ModelFile | None,
+        start: TextTower | None,
         device: torch.device,
     ) -> None:
         self.options, self.data, self.device = config.diffusion, data, device
@@ -71,31 +72,29 @@ class Captions:
                 "diffusion.text_trainable is false, and the text encoder would be untrained",
                 "Give the model to take it from as diffusion.text_from or diffusion.start_from.",
             )
-        given = config.text or (start and start.config.text)
-        if given is None:
-            raise InputError(
-                f"{config.diffusion.text_from} has no text encoder",
-                "Give a model of text, or a [text] table.",
-            )
+        given = config.text or (start and start.config)
+        assert given is not None, (
+            "no [text] table, and no model to take it from"
+        )
         self.tokenizer = self._tokenizer(start, given)
-        self.layer, self.normed = (start.config.clip_skip, start.config.text_normed) if start else (1, True)
+        self.layer, self.normed = (start.layer, start.normed) if start else (1, True)
         ends = {"eos_token_id": self.tokenizer.end_id, "pad_token_id": self.tokenizer.pad_id}
         self.network = CLIPTextEncoder(
             dataclasses.replace(given, vocab_size=self.tokenizer.vocab_size, **ends)
-            if start is None or start.config.text is None
-            else dataclasses.replace(given, vocab_size=start.config.text.vocab_size, **ends)
+            if start is None
+            else dataclasses.replace(given, vocab_size=start.config.vocab_size, **ends)
         )
         if start is not None:
-            copy_into(
-                self.network, start.module("text").state_dict(), f"{start.config.name} does not fit [text]"
-            )
-        if not self.trained:
+            copy_into(self.network, start.encoder.state_dict(), f"{start.name} does not fit [text]")
+        self.frozen = ""  # which network it is, where no state of the run holds it
+        if not self.trained and start is not None:
+            self.frozen = start.identity
             self.network.requires_grad_(False).eval()
         self.network.to(device)
         self.tokens: Callable[[str], Tensor] = lru_cache(REMEMBERED)(self._tokens)
         self.cache: TextCache | None = None
-        if self.options.text_cache and start is not None and not self.trained:
-            self.cache = self._cached(config, start.identity)
+        if self.options.text_cache and self.frozen:
+            self.cache = self._cached(config, self.frozen)
 
     @property
     def modules(self) -> Mapping[str, nn.Module]:
@@ -132,13 +131,11 @@ class Captions:
     def _tokens(self, caption: str) -> Tensor:
         return self.tokenizer.batch([caption], self.network.config.max_position_embeddings)[0][0]
 
-    def _tokenizer(self, start: ModelFile | None, text: CLIPTextConfig) -> Tokenizer:
+    def _tokenizer(self, start: TextTower | None, text: CLIPTextConfig) -> Tokenizer:
         """That of the model to start from, CLIP's, or one learned from the captions."""
         vocabulary, dataset = self.options.vocabulary, self.data[0]
         if start is not None:
-            start.module("text")  # a model without one cannot be started from
-            known = start.config.tokenizer
-            return Tokenizer.clip() if known is None else Tokenizer.from_json(known)
+            return Tokenizer.clip() if start.tokenizer is None else Tokenizer.from_json(start.tokenizer)
         if vocabulary == "clip":
             return Tokenizer.clip()
         captions = sorted({text for index in range(len(dataset)) for text in dataset.captions(index)})

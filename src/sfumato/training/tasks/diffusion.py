@@ -55,14 +55,10 @@ class DiffusionTask:
         self.config, self.device = config, device
         self.dataset, self.held_out = dataset, held_out
         options, data = config.diffusion, (dataset, held_out)
-        starts = {
-            name: load_file(path, torch.float32)
-            for name, path in (("start_from", options.start_from), ("text_from", options.text_from))
-            if path is not None
-        }
-        told = parts.told(config, data, starts, device)
+        start = None if options.start_from is None else load_file(options.start_from, torch.float32)
+        told = parts.told(config, data, start, device)
         self.unet = UNet(parts.network_config(config, told))
-        if (start := starts.get("start_from")) is not None:
+        if start is not None:
             parts.start_unet(self.unet, start, str(options.start_from))
             for each in told:
                 for part, module in each.modules.items() if isinstance(each, Labels) else ():
@@ -82,8 +78,8 @@ class DiffusionTask:
 
         # First stage: frozen. Its latents are made last, for that takes minutes.
         first_stage = None if options.autoencoder is None else load_file(options.autoencoder, torch.float32)
-        read = ([first_stage] if first_stage else []) + (list(starts.values()) if self.frozen else [])
-        self.digest = dataset.digest + "".join(each.identity for each in read)
+        self.digest = dataset.digest + (first_stage.identity if first_stage else "")
+        self.digest += self.captions.frozen if self.captions else ""
         self.model = self._model(first_stage)
         self.schedule = self.model.schedule
         objective.check(options, self.schedule)

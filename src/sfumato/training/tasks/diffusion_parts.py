@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from itertools import tee
 
 import torch
 from torch import Tensor
 
+from sfumato.checkpoints.clip import load_text_tower, text_tower
 from sfumato.checkpoints.load import ModelFile, copy_into
 from sfumato.errors import InputError
 from sfumato.model import StableDiffusion
@@ -30,12 +31,12 @@ Batch = tuple[list[Position], Tensor, Tensor | None]
 def told(
     config: TrainingConfig,
     data: tuple[Dataset, Dataset],
-    starts: Mapping[str, ModelFile],
+    start: ModelFile | None,
     device: torch.device,
 ) -> list[Condition]:
     """Captions or classes, as the recipe has them, or neither.
 
-    starts: the models that it begins with, "start_from" and "text_from".
+    start: the model that the denoiser begins with.
     """
     options = config.diffusion
     concat_kind(options)  # whose errors come before those of the pictures
@@ -47,7 +48,8 @@ def told(
         )
     found: list[Condition] = []
     if text:
-        found.append(Captions(config, data, starts.get("text_from", starts.get("start_from")), device))
+        tower = load_text_tower(options.text_from) if options.text_from else start and text_tower(start)
+        found.append(Captions(config, data, tower, device))
     if options.classes != "none":
         found.append(Labels(config, data, device))
     return found
