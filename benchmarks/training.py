@@ -45,6 +45,7 @@ from training_side import (
 
 HERE = Path(__file__).parent
 SIDES = {"ours": HERE / "training_ours.py", "reference": HERE / "training_diffusers.py"}
+CASES = ("folder", "step")
 BARS = {"folder": 1.2, "step": 1.0, "peak_mb": 0.9, "private_mb": 0.9}
 WORDS = ("red", "green", "blue", "small", "large", "round", "old", "fox", "owl", "house", "tree", "river")
 
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=160, help="of each run: 160 are ten epochs")
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--noisy", action="store_true", help="say in the result that the machine was busy")
     parser.add_argument("--out", type=Path)
@@ -136,7 +138,7 @@ def main() -> None:
     prepare(given.work)
     load = os.getloadavg()[0]
     cases = {
-        name: case(name, given.work, given.steps, given.threads, given.pairs) for name in ("folder", "step")
+        name: case(name, given.work, given.steps, given.threads, given.pairs) for name in given.cases
     }
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
