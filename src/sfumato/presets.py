@@ -7,8 +7,8 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Annotated, Any
+from functools import cache, partial
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BeforeValidator, TypeAdapter, ValidationError
 
@@ -25,6 +25,7 @@ from sfumato.text.encode import SIZES_WIDTH
 from sfumato.text.tokenizer import CLIP_VOCABULARY, Tokenizer, clip_json
 from sfumato.text.wordpiece import WordPiece
 
+T = TypeVar("T")
 FORMAT_VERSION = 1
 PARTS = ("unet", "autoencoder", "text", "text2", "bert", "classes", "preview")
 MAX_NUMBER = 1_000_000  # in a file's description; no width, count or size of a real model comes near
@@ -34,15 +35,15 @@ DEFAULTS = ("steps", "sampler", "spacing", "guidance", "eta", "variance", "width
 
 def known_keys(kind: type) -> BeforeValidator:
     """Refuse keys that the dataclass `kind` lacks; pydantic ignores them in plain dataclasses."""
+    return BeforeValidator(partial(_known, kind))
 
-    def check(value: Any) -> Any:
-        names = [field.name for field in dataclasses.fields(kind)]
-        for key in value if isinstance(value, Mapping) else ():
-            if key not in names:
-                raise ValueError(f"unknown key {key!r}. {nearest(str(key), names)}")
-        return value
 
-    return BeforeValidator(check)
+def _known(kind: Any, value: Any) -> Any:
+    names = [field.name for field in dataclasses.fields(kind)]
+    for key in value if isinstance(value, Mapping) else ():
+        if key not in names:
+            raise ValueError(f"unknown key {key!r}. {nearest(str(key), names)}")
+    return value
 
 
 # The configurations as they are read from JSON and TOML.
@@ -122,30 +123,40 @@ class ModelConfig:
 
     def to_json(self) -> str:
         """JSON text for a model file's metadata."""
-        values = {"version": FORMAT_VERSION, **dataclasses.asdict(self)}
-        return json.dumps(values, ensure_ascii=False, allow_nan=False)
+        return describe(self)
 
     @classmethod
     def from_json(cls, text: str, source: str = "the model file") -> ModelConfig:
         """Inverse of `to_json`; `CheckpointError` for another version and for what describes no model."""
-        try:
-            values = json.loads(text)
-            if not isinstance(values, dict):
-                raise ValueError("it is no table")
-            version = values.pop("version", None)
-            if version != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
-                )
-            for number in _numbers(values):
-                if not abs(number) <= MAX_NUMBER:
-                    raise ValueError(f"it holds the number {number:g}")
-            return _adapter().validate_python(values)
-        except ValidationError as error:
-            first = error.errors(include_url=False)[0]
-            raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-            raise _damaged(source, str(error)) from error
+        return described(text, cls, source)
+
+
+def describe(value: Any) -> str:
+    """JSON text of a dataclass that describes a file of ours, for its metadata."""
+    values = {"version": FORMAT_VERSION, **dataclasses.asdict(value)}
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+
+def described(text: str, kind: type[T], source: str) -> T:
+    """Inverse of `describe`; `CheckpointError` for another version and for what describes none."""
+    try:
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("it is no table")
+        version = values.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
+            )
+        for number in _numbers(values):
+            if not abs(number) <= MAX_NUMBER:
+                raise ValueError(f"it holds the number {number:g}")
+        return _adapter(kind).validate_python(_known(kind, values))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
+        raise _damaged(source, str(error)) from error
 
 
 def num_classes(config: ModelConfig) -> int | None:
@@ -237,8 +248,8 @@ def _context_parts(config: ModelConfig) -> Iterator[str]:
 
 
 @cache
-def _adapter() -> TypeAdapter[ModelConfig]:
-    return TypeAdapter(Annotated[ModelConfig, known_keys(ModelConfig)])
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    return TypeAdapter(kind)
 
 
 def _numbers(value: Any) -> Iterator[float]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from sfumato.checkpoints.build import assign, built
 from sfumato.checkpoints.files import converted, open_file, write_tensors
-from sfumato.checkpoints.load import is_finite
+from sfumato.checkpoints.load import read_finite
 from sfumato.diffusion.schedule import ScheduleConfig
 from sfumato.errors import CheckpointError, InputError, nearest
 from sfumato.nn.classifier import Classifier, ClassifierConfig
-from sfumato.presets import MAX_NUMBER, ScheduleTable, UNetTable, known_keys
+from sfumato.presets import ScheduleTable, UNetTable, describe, described
 
 CLASSIFIER_KEY = "sfumato.classifier"  # of the metadata, where a model file has "sfumato"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -79,8 +74,7 @@ def save_classifier(path: Path, description: ClassifierDescription, state: Mappi
     Raises `NumericalError` before anything is written if a weight is not finite in float16.
     """
     tensors = converted(state, torch.float16)
-    values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
-    write_tensors(path, tensors, {CLASSIFIER_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
+    write_tensors(path, tensors, {CLASSIFIER_KEY: describe(description)})
 
 
 def load_classifier(
@@ -90,50 +84,8 @@ def load_classifier(
     source = open_file(Path(path))
     if CLASSIFIER_KEY not in source.metadata:
         raise CheckpointError(f"{path} holds no classifier", "Give the model file of a classifier run.")
-    description = _described(source.metadata[CLASSIFIER_KEY], str(path))
+    description = described(source.metadata[CLASSIFIER_KEY], ClassifierDescription, str(path))
     network = built("classifier", lambda: Classifier(description.network), len(source.infos))
-    tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get the file again.")
+    tensors = {name: read_finite(source, name, device, dtype) for name in source.infos}
     assign(network, tensors, str(path))
     return LoadedClassifier(description, network)
-
-
-def _described(text: str, source: str) -> ClassifierDescription:
-    try:
-        values = json.loads(text, parse_int=_whole, parse_float=_number, parse_constant=_number)
-        if not isinstance(values, dict):
-            raise ValueError("it is no table")
-        version = values.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
-            )
-        return _adapter().validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, TypeError, ArithmeticError, LookupError, RecursionError) as error:
-        raise _damaged(source, str(error)) from error
-
-
-@cache
-def _adapter() -> TypeAdapter[ClassifierDescription]:
-    return TypeAdapter(Annotated[ClassifierDescription, known_keys(ClassifierDescription)])
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not abs(value) <= MAX_NUMBER:
-        raise ValueError(f"it holds the number {text[:20]}")
-    return value
-
-
-def _whole(text: str) -> Any:
-    _number(text)
-    return int(text)
-
-
-def _damaged(source: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"the description in {source} is damaged: {reason}", "Get the file again.")

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, cast
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sfumato.checkpoints.build import assign, built
 from sfumato.checkpoints.files import converted, open_file, write_tensors
-from sfumato.checkpoints.load import ModelFile, identity, is_finite, load_file
+from sfumato.checkpoints.load import ModelFile, identity, load_file, read_finite
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionConfig, CLIPVisionEncoder
-from sfumato.presets import MAX_NUMBER, TextTable, known_keys
+from sfumato.presets import TextTable, describe, described, known_keys
 
 CLIP_KEY = "sfumato.clip"  # of the metadata, where a model file has "sfumato"
-FORMAT_VERSION = 1
 SCALE = "logit_scale"  # as Hugging Face calls it: the logarithm of what cosines are multiplied by
 
 VisionTable = Annotated[CLIPVisionConfig, known_keys(CLIPVisionConfig)]
@@ -132,8 +129,7 @@ def save_clip(
     """
     scale = converted({SCALE: torch.tensor(logit_scale).log()}, torch.float32)
     tensors = converted({**text, **vision}, torch.float16) | scale
-    values = {"version": FORMAT_VERSION, **dataclasses.asdict(description)}
-    write_tensors(path, tensors, {CLIP_KEY: json.dumps(values, ensure_ascii=False, allow_nan=False)})
+    write_tensors(path, tensors, {CLIP_KEY: describe(description)})
 
 
 def load_clip(
@@ -143,12 +139,9 @@ def load_clip(
     source = open_file(Path(path))
     if CLIP_KEY not in source.metadata:
         raise CheckpointError(f"{path} holds no pair of CLIP's towers", "Give the model file of a clip run.")
-    description = _described(source.metadata[CLIP_KEY], str(path))
+    description = described(source.metadata[CLIP_KEY], CLIPDescription, str(path))
     towers = built("towers", lambda: _empty(description), len(source.infos))
-    tensors = {name: source.tensor(name).to(device=device, dtype=dtype) for name in source.infos}
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get the file again.")
+    tensors = {name: read_finite(source, name, device, dtype) for name in source.infos}
     scale = tensors.pop(SCALE, None)
     if scale is None or scale.shape != ():
         raise CheckpointError(f"{path}: {SCALE} is missing or no number", "Get the file again.")
@@ -199,34 +192,3 @@ def _parts(tower: nn.Module) -> list[str]:
 
 def _empty(description: CLIPDescription) -> tuple[CLIPTextEncoder, CLIPVisionEncoder]:
     return CLIPTextEncoder(description.text), CLIPVisionEncoder(description.vision)
-
-
-def _described(text: str, source: str) -> CLIPDescription:
-    try:
-        values = json.loads(text)
-        if not isinstance(values, dict):
-            raise ValueError("it is no table")
-        version = values.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{source} has format {version!r}, this program reads {FORMAT_VERSION}", "Update sfumato."
-            )
-        numbers = [v for key in ("text", "vision") for v in values.get(key, {}).values()]
-        for number in numbers:
-            if isinstance(number, int | float) and not abs(number) <= MAX_NUMBER:
-                raise ValueError(f"it holds the number {number:g}")
-        return _adapter().validate_python(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise _damaged(source, f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    except (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RecursionError) as error:
-        raise _damaged(source, str(error)) from error
-
-
-@cache
-def _adapter() -> TypeAdapter[CLIPDescription]:
-    return TypeAdapter(Annotated[CLIPDescription, known_keys(CLIPDescription)])
-
-
-def _damaged(source: str, reason: str) -> CheckpointError:
-    return CheckpointError(f"the description in {source} is damaged: {reason}", "Get the file again.")

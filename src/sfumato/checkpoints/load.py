@@ -23,6 +23,7 @@ from sfumato.checkpoints.open import open_anything
 from sfumato.checkpoints.opened import Opened, Part
 from sfumato.checkpoints.probe import probe_prediction
 from sfumato.checkpoints.report import report
+from sfumato.checkpoints.source import Source
 from sfumato.errors import CheckpointError
 from sfumato.families import AUTOENCODERS
 from sfumato.presets import ModelConfig
@@ -188,6 +189,18 @@ def load_part(
         tensors[pair.native] = ready
     assign(module, tensors, str(part.source.path))
     return module
+
+
+def read_finite(
+    source: Source, name: str, device: torch.device | None = None, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """A tensor of a file of ours; `CheckpointError` for one that holds an infinity or no number."""
+    tensor = source.tensor(name).to(device=device, dtype=dtype)
+    if not is_finite(tensor):
+        raise CheckpointError(
+            f"{source.path}: {name} holds values that are not finite", "The file is damaged. Get it again."
+        )
+    return tensor
 
 
 def is_finite(tensor: Tensor) -> bool:

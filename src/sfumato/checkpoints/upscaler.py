@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from sfumato.checkpoints.build import assign
 from sfumato.checkpoints.files import converted, open_file, write_tensors
-from sfumato.checkpoints.load import is_finite
-from sfumato.checkpoints.source import Source
+from sfumato.checkpoints.load import read_finite
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.esrgan import CompactConfig, CompactNet, RRDBConfig, RRDBNet
 from sfumato.runtime import shapes_only
@@ -73,7 +71,7 @@ def load_upscaler(
     names = native_names(source.infos)
     shapes = {ours: source.infos[theirs].shape for ours, theirs in names.items()}
     config = upscaler_config(shapes, str(path))
-    tensors = {ours: _read(source, theirs, device, dtype) for ours, theirs in names.items()}
+    tensors = {ours: read_finite(source, theirs, device, dtype) for ours, theirs in names.items()}
     network = _empty(config, str(path))
     assign(network, tensors, str(path))
     rrdb = isinstance(config, RRDBConfig)
@@ -145,15 +143,6 @@ def _empty(config: RRDBConfig | CompactConfig, place: str) -> RRDBNet | CompactN
             return RRDBNet(config) if isinstance(config, RRDBConfig) else CompactNet(config)
     except (RuntimeError, ArithmeticError, ValueError) as error:  # torch's, for impossible widths
         raise CheckpointError(f"the upscaler in {place} cannot be built: {error}", "Get it again.") from error
-
-
-def _read(source: Source, name: str, device: torch.device | None, dtype: torch.dtype) -> Tensor:
-    tensor = source.tensor(name).to(device=device, dtype=dtype)
-    if not is_finite(tensor):
-        raise CheckpointError(
-            f"{source.path}: {name} holds values that are not finite", "Get the file again."
-        )
-    return tensor
 
 
 def _old_outer(numbers: list[int]) -> dict[int, str]:

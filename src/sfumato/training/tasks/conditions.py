@@ -73,9 +73,7 @@ class Captions:
                 "Give the model to take it from as diffusion.text_from or diffusion.start_from.",
             )
         given = config.text or (start and start.config)
-        assert given is not None, (
-            "no [text] table, and no model to take it from"
-        )
+        assert given is not None, "no [text] table, and no model to take it from"
         self.tokenizer = self._tokenizer(start, given)
         self.layer, self.normed = (start.layer, start.normed) if start else (1, True)
         ends = {"eos_token_id": self.tokenizer.end_id, "pad_token_id": self.tokenizer.pad_id}

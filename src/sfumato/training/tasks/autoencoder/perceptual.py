@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from sfumato.checkpoints.build import assign
 from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import open_file, sha256
-from sfumato.checkpoints.load import is_finite, load_file
+from sfumato.checkpoints.load import load_file, read_finite
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionEncoder
@@ -101,9 +101,7 @@ def load_lpips(vgg: Path, linear: Path, widths: tuple[int, ...] = VGG16) -> LPIP
         source = open_file(path)
         for name in source.infos:
             if name.startswith(start):
-                tensors[name] = source.tensor(name).float()
-                if not is_finite(tensors[name]):
-                    raise CheckpointError(f"{path}: {name} holds values that are not finite", "Get it again.")
+                tensors[name] = read_finite(source, name)
     assign(network, tensors, f"{vgg} with {linear}")
     return network
 
