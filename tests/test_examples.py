@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,20 @@ def test_the_reproduction(given: list[str], tmp_path: Path, monkeypatch: pytest.
     run = tmp_path / "pic" / "test_pic"
     assert (run / "epoch-0001.png").exists()
     assert sfumato.generate(sfumato.load(run), sfumato.Request(seed=0)).images[0].size == (8, 8)
+
+
+def test_it_runs_as_it_stands_on_its_own_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(
+        REPRODUCTION, tmp_path / "reproduction", ignore=shutil.ignore_patterns("test_pic", "0[1-9]*", "1*")
+    )
+    monkeypatch.setattr(sys, "argv", ["main.py", *TINY])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(copy / "main.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert "there is no folder /mnt/Unet/pic" in capsys.readouterr().err
+    assert (copy / "pictures" / "test_pic" / "epoch-0001.png").exists()
 
 
 def test_its_plan(given: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

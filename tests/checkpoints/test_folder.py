@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
 
 import sfumato
+from sfumato.checkpoints.clip import load_text_tower
 from sfumato.checkpoints.detect.families import AUTOENCODERS, UNETS
 from sfumato.checkpoints.layouts.diffusers_rest import read_scheduler, scheduler_values
 from sfumato.checkpoints.layouts.diffusers_stages import (
@@ -33,7 +35,7 @@ from sfumato.diffusion.schedule import Schedule, ScheduleConfig
 from sfumato.errors import CheckpointError
 from sfumato.nn.clip import CLIPTextConfig
 from sfumato.presets import ModelConfig
-from sfumato.text.tokenizer import Tokenizer
+from sfumato.text.tokenizer import Tokenizer, clip_json
 
 State = dict[str, Tensor]
 Equal = Callable[[torch.nn.Module, State], bool]
@@ -407,3 +409,18 @@ def test_what_is_not_read_is_said(folder: Path) -> None:
     assert open_model(folder).opened.notes == ("safety_checker is not read",)
     shutil.rmtree(folder / "tokenizer")
     assert "the folder has no tokenizer; CLIP's is taken" in open_model(folder).opened.notes
+
+
+def test_a_folder_of_both_towers_of_clip_gives_its_text_tower(tmp_path: Path) -> None:
+    text = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1}
+    vision = {**text, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    theirs = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).eval()
+    theirs.save_pretrained(tmp_path)
+    tower = load_text_tower(tmp_path)
+    tokens = torch.randint(0, 49406, (2, 77))
+    tokens[:, -1] = 49407
+    with torch.no_grad():
+        wanted = theirs.text_model(tokens).last_hidden_state
+        assert torch.equal(tower.encoder(tokens).last_hidden_state, wanted)
+    assert tower.tokenizer == clip_json() and tower.config.projection_dim is None

@@ -24,8 +24,10 @@ from sfumato.checkpoints.clip import (
     load_text_tower,
     save_clip,
 )
+from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import read_tensors, write_tensors
 from sfumato.errors import CheckpointError, DataError, InputError, NumericalError
+from sfumato.nn.clip_vision import CLIPVisionEncoder
 from sfumato.training.config import TrainingConfig, read_config
 from sfumato.training.data import Position, open_dataset
 from sfumato.training.loop import train
@@ -205,6 +207,15 @@ def test_the_file_gives_both_towers_back(finished: Path) -> None:
     assert image.embed(pictures).shape == (2, 4)
     assert not any(p.requires_grad for p in image.network.parameters())
     assert 0 < loaded.logit_scale <= 100 and loaded.description.name == "model"
+
+
+def test_it_is_an_image_tower_wherever_one_is_read(finished: Path) -> None:
+    """Shapes alone would say one head of 8 channels; the file says two of 4."""
+    tower = load_control(finished, dtype=torch.float32)
+    assert isinstance(tower, CLIPVisionEncoder) and tower.config.num_attention_heads == 2
+    pictures = torch.rand(2, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(tower(pictures).embeds, load_clip(finished).vision(pictures).embeds)
 
 
 def test_any_text_encoder_will_do() -> None:

@@ -222,6 +222,17 @@ def test_save_path_is_left_out_and_broken_files_are_named(folder: Path) -> None:
     assert len(told) == 1 and "left out" in told[0]
 
 
+def test_an_earlier_run_in_the_folder_is_left_out(folder: Path) -> None:
+    before = len(open_samples(folder, 1, 2, (8, 8)))
+    (folder / "old" / "previews").mkdir(parents=True)
+    (folder / "old" / "metrics.jsonl").write_text("{}")
+    for name in ("epoch-0001.png", "previews/1.png"):
+        Image.new("L", (8, 8)).save(folder / "old" / name)
+    samples = open_samples(folder, 1, 2, (8, 8), left_out=folder / "new")
+    assert len(samples) == before
+    assert len(samples.warnings) == 1 and "earlier run" in samples.warnings[0]
+
+
 def test_pictures_are_stretched_and_white_lies_under_transparency(tmp_path: Path) -> None:
     picture = Image.new("RGBA", (16, 8), (0, 0, 0, 0))
     picture.paste((0, 0, 0, 255), (0, 0, 8, 8))
@@ -335,6 +346,7 @@ def test_classes_are_learned_and_drawn(folder: Path, tmp_path: Path) -> None:
     lines: list[dict[str, object]] = []
     run(EXAMPLE, [*given, "--epochs=1", "--zero_terminal_snr=True"], lambda line: lines.append(dict(line)))
     assert {"classes": "0 cats, 1 dogs"} in lines
+    assert (tmp_path / "out" / "classes.tsv").read_text(encoding="utf-8") == "0\tcats\n1\tdogs\n"
     model = sfumato.load(tmp_path / "out")
     assert sfumato.generate(model, sfumato.Request(seed=0, label=1, steps=2)).samples.shape == (1, 1, 8, 8)
 

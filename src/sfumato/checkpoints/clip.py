@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sfumato.checkpoints.build import assign, built
 from sfumato.checkpoints.files import converted, open_file, write_tensors
-from sfumato.checkpoints.load import ModelFile, identity, load_file, read_finite
+from sfumato.checkpoints.load import ModelFile, identity, open_model, read_finite
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionConfig, CLIPVisionEncoder
@@ -154,9 +154,12 @@ def load_clip(
 
 
 def load_text_tower(path: Path | str) -> TextTower:
-    """The text encoder in a file of `save_clip` or of any model, in float32; else `CheckpointError`."""
+    """The text encoder, in float32, in a file of `save_clip`, or in anything that `open_model` opens.
+
+    Raises `CheckpointError` where there is none.
+    """
     if not is_clip(Path(path)):
-        return text_tower(load_file(Path(path), torch.float32))
+        return text_tower(open_model(str(path), dtype=torch.float32))
     loaded = load_clip(path)
     told = loaded.description
     return TextTower(told.name, _unprojected(loaded.text), told.tokenizer, loaded.text, [Path(path)])

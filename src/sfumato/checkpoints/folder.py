@@ -17,7 +17,7 @@ from sfumato.checkpoints.layouts.diffusers_unet import UNetRecord, unet_config
 from sfumato.checkpoints.layouts.naming import INDEX, variant_of, weight_file
 from sfumato.checkpoints.opened import Opened, Part
 from sfumato.checkpoints.rules import UNUSED_PROJECTION, sort_out
-from sfumato.checkpoints.schema import class_name, parse, read_json
+from sfumato.checkpoints.schema import architectures, class_name, parse, read_json
 from sfumato.checkpoints.source import Source
 from sfumato.errors import CheckpointError
 from sfumato.families import SD_SCALE, X4_SCALE
@@ -147,6 +147,16 @@ def open_component(path: Path, *, variant: str | None, mmap: bool, name: str) ->
         name=name, latent_scale=scale, **{key: value.config for key, value in found.parts.items()}
     )
     return _opened(path, found, config, "a part alone does not say", False)
+
+
+def towers_file(path: Path, variant: str | None) -> Path | None:
+    """The weights in a folder of both of CLIP's towers, to be read as such a file is; None for others."""
+    folder = Folder(path)
+    place = folder.file("config.json")
+    if place is None or "CLIPModel" not in architectures(read_json(place)):
+        return None
+    chosen = weight_file(folder.names(), variant)
+    return None if chosen is None else folder.file(chosen)
 
 
 def _check_variant(path: Path, found: _Found, variant: str | None) -> None:

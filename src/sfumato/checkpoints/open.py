@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sfumato.checkpoints.detect.plan import detect
 from sfumato.checkpoints.files import open_file
-from sfumato.checkpoints.folder import open_component, open_pipeline
+from sfumato.checkpoints.folder import open_component, open_pipeline, towers_file
 from sfumato.checkpoints.hub import HubName, download, hub_name
 from sfumato.checkpoints.metadata import METADATA_KEY
 from sfumato.checkpoints.opened import Opened, Part
@@ -84,9 +84,12 @@ def open_path(
     if path.is_dir():
         if (path / "model_index.json").exists():
             return given(open_pipeline(path, variant=variant, mmap=mmap, name=name), prediction)
-        if (path / "config.json").exists():
+        if (towers := towers_file(path, variant)) is not None:
+            path = towers
+        elif (path / "config.json").exists():
             return open_component(path, variant=variant, mmap=mmap, name=name)
-        path = path / OWN
+        else:
+            path = path / OWN
     source = open_file(path, mmap=mmap)
     return open_source(source, prediction=prediction, ema=ema, name=name)
 

@@ -1,7 +1,8 @@
-"""Contact sheets written during training."""
+"""Contact sheets and lists written during training."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,3 +23,9 @@ def save_sheet(path: Path, pictures: Tensor, columns: int) -> None:
         top, left = index // columns * (height + 2), index % columns * (width + 2)
         sheet[top : top + height, left : left + width] = picture
     write_atomically(path, lambda temporary: Image.fromarray(sheet).save(temporary, "PNG"))
+
+
+def save_classes(path: Path, names: Sequence[str]) -> None:
+    """Write the classes' numbers and names, a line each."""
+    text = "".join(f"{number}\t{name}\n" for number, name in enumerate(names))
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

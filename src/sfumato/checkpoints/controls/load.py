@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sfumato.checkpoints.clip import is_clip, load_clip
 from sfumato.checkpoints.controls.adapters_detect import read_ip, read_t2i, read_vision
 from sfumato.checkpoints.controls.adapters_layouts import ip_pairs, own_names, t2i_pairs, vision_pairs
 from sfumato.checkpoints.controls.detect import read_controlnet, with_given
@@ -87,6 +88,8 @@ def load_control(
     values: Mapping[str, Any] = {}
     if path.is_dir():
         path, values = _component(path)
+    if is_clip(path):  # of our own training: it says what shapes do not tell, such as the number of heads
+        return load_clip(path, device, dtype or torch.float16).vision
     opened = open_file(path, mmap=mmap)
     found = find_control(opened, values)
     try:

@@ -22,6 +22,7 @@ from sfumato.training.data import Position
 KEPT = 1 << 30  # bytes of decoded samples that stay in memory
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 ARRAY = ".npy"
+METRICS = "metrics.jsonl"  # lies in the folder of every run
 Batch = tuple[list[Position], Tensor]
 ANIMATED = (".gif", ".webp", ".png")
 LOUD = 2.0  # beyond which an array's numbers are not what training works on
@@ -127,7 +128,7 @@ def open_samples(
     left_out: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, of: None,
 ) -> Samples:
-    """The samples of a folder, searched recursively, hidden files and the folder `left_out` not.
+    """The samples of a folder, searched recursively, but not hidden files, `left_out`, and folders of runs.
 
     dims 1 takes arrays, (channels, length) in .npy files; 2 takes pictures, or arrays; 3 takes arrays
     (channels, depth, height, width), or animations, whose frames are the slices. An array may be a stack of
@@ -141,7 +142,9 @@ def open_samples(
         raise InputError(
             f"{channels} channels are no picture", "Pictures have 1, 3 or 4; else use .npy files."
         )
-    found = [path for path in sorted(root.rglob("*")) if _taken(path, root, dims, left_out)]
+    own = [] if left_out is None else [left_out.resolve()]
+    earlier = sorted({path.parent.resolve() for path in root.rglob(METRICS)} - {root.resolve(), *own})
+    found = [path for path in sorted(root.rglob("*")) if _taken(path, root, dims, [*own, *earlier])]
     names = _classes(root, found, classes)
     layout = Layout(channels, dims, sides, depth)
     entries: list[Entry] = []
@@ -162,7 +165,8 @@ def open_samples(
             room -= tensor.numel() * tensor.itemsize
             stored += [tensor] * (room >= 0)
         progress(number + 1, len(found))
-    warnings = [_left_out(broken)] if broken else []
+    warnings = [f"{folder} holds an earlier run's pictures: it is left out" for folder in earlier]
+    warnings += [_left_out(broken)] if broken else []
     if not entries:
         kinds = f"{ARRAY} files" if dims == 1 else "pictures"
         raise DataError("; ".join([f"no {kinds} in {root} that can be read", *warnings]), "Put some there.")
@@ -187,11 +191,11 @@ def read(path: Path, layout: Layout) -> list[Tensor]:
     return [torch.stack(slices, dim=1) if layout.dims == 3 else slices[0]]
 
 
-def _taken(path: Path, root: Path, dims: int, left_out: Path | None) -> bool:
+def _taken(path: Path, root: Path, dims: int, left_out: Sequence[Path]) -> bool:
     name = path.relative_to(root)
     if any(part.startswith(".") for part in name.parts) or not path.is_file():
         return False
-    if left_out is not None and path.resolve().is_relative_to(left_out.resolve()):
+    if any(path.resolve().is_relative_to(folder) for folder in left_out):
         return False
     suffix = path.suffix.lower()
     return suffix == ARRAY or (dims == 2 and is_picture(path)) or (dims == 3 and suffix in ANIMATED)

@@ -28,7 +28,7 @@ from sfumato.training.data import WHOLE, Position, Share, groups
 from sfumato.training.loop import Loss, Report
 from sfumato.training.notes.samples import Samples, open_samples, sheet_rows
 from sfumato.training.settings_reproduction import ReproductionTaskConfig
-from sfumato.training.sheets import save_sheet
+from sfumato.training.sheets import save_classes, save_sheet
 
 EVALUATED = 64  # samples that the loss with fixed noise is the mean of
 COLUMNS = 8
@@ -97,6 +97,8 @@ class ReproductionTask:
 
     def finish(self, path: Path) -> None:
         save_file(path, self.model.config, {"unet": self.unet.state_dict()}, torch.float16)
+        if self.samples.classes:
+            save_classes(path.with_name("classes.tsv"), self.samples.classes)
 
     def _losses(self, order: list[Position], clean: Tensor) -> Tensor:
         """(b,) float32 on the device."""
