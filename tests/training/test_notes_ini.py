@@ -155,7 +155,7 @@ def test_lists_tuples_and_sets_are_one() -> None:
         ({"n_embed": "3"}, "Set n_embed = 1."),
         ({"context_dim": "10"}, "Set context_dim = None"),
         ({"noise_info": "[0.5, 1]"}, "Set noise_info = [0, 1]."),
-        ({"input_height": "30"}, "input_height = 24 or 32"),
+        ({"input_height": "30"}, "input_height = 24 or 32. Or with fewer levels: channel_mult = [1, 2]"),
         ({"input_width": "5"}, "input_width = 8"),
     ],
 )

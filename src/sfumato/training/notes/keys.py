@@ -143,11 +143,15 @@ def _check(config: NotesConfig, place: str) -> None:
     wrong = {key: _nearest(side, factor) for key, side in sides.items() if side % factor}
     if wrong:
         given = ", ".join(f"{key} = {sides[key]}" for key in wrong)
+        levels = len(config.channel_mult)
+        while any(side % 2 ** (levels - 1) for side in sides.values()):
+            levels -= 1
         raise InputError(
             f"{place}: {given}: {len(config.channel_mult)} levels of channel_mult halve a side "
             f"{len(config.channel_mult) - 1} times, and the halves have to meet again: multiples of {factor}",
             "The nearest: "
-            + ", ".join(f"{key} = {' or '.join(map(str, near))}" for key, near in wrong.items()),
+            + ", ".join(f"{key} = {' or '.join(map(str, near))}" for key, near in wrong.items())
+            + f". Or with fewer levels: channel_mult = {list(config.channel_mult[:levels])}",
         )
 
 
