@@ -373,3 +373,27 @@ def test_several_folders_with_repeats(tmp_path: Path) -> None:
     for index in range(len(data)):
         assert list(data.order).count(index) == (7 if data.records[index].name.startswith("2//") else 1)
     assert opened(subject).digest != data.digest
+
+
+@pytest.mark.parametrize("kind", ["tables", "classes"])
+def test_folders_of_splits(tmp_path: Path, kind: str) -> None:
+    """As Hugging Face's imagefolder has them: what lies under `validation` is never trained on."""
+    for split, chosen in (("train", (0, 1, 2)), ("validation", (3,))):
+        rows = []
+        for number in chosen:
+            name = f"{number}.png" if kind == "tables" else f"{WORDS[number]}/{number}.png"
+            path = tmp_path / split / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(png(COLOURS[number]))
+            rows.append(json.dumps({"file_name": name, "text": WORDS[number]}))
+        if kind == "tables":
+            (tmp_path / split / "metadata.jsonl").write_text("\n".join(rows))
+    (tmp_path / "README.md").write_text("A data set.")
+    config = DataConfig.model_validate({"path": tmp_path, "size": 4})
+    train, held_out = (open_data(config, split) for split in ("train", "test"))
+    for data, wanted in ((train, COLOURS[:3]), (held_out, COLOURS[3:])):
+        found = [tuple(np.asarray(data.picture(index))[0, 0].tolist()) for index in range(len(data))]
+        assert sorted(found) == sorted(wanted)
+    if kind == "tables":
+        assert [train.captions(i) for i in range(3)] == [[word] for word in WORDS[:3]]
+        assert held_out.captions(0) == ["grey"]

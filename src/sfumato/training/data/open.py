@@ -8,7 +8,8 @@ from pathlib import Path
 
 from sfumato.data.pictures import Split
 from sfumato.errors import DataError, InputError, nearest
-from sfumato.training.data.arrow import list_parquet, list_saved
+from sfumato.intake import is_picture
+from sfumato.training.data.arrow import SPLITS, list_parquet, list_saved
 from sfumato.training.data.buckets import Buckets
 from sfumato.training.data.captions import CaptionRules, read_templates
 from sfumato.training.data.dataset import Dataset
@@ -124,8 +125,23 @@ def list_any(
         return list_saved(root, split, reading)
     if any(root.glob("*.tar")):
         return list_tars(root, reading)
-    parquet = sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet"))
-    return list_parquet(parquet, split, reading) if parquet else list_folder(root, reading, entries)
+    if parquet := sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet")):
+        return list_parquet(parquet, split, reading)
+    if (apart := _folder_of(root, split)) is not None:
+        return list_any(apart[0], split, reading, entries)._replace(apart=apart[1])
+    return list_folder(root, reading, entries)
+
+
+def _folder_of(root: Path, split: Split) -> tuple[Path, bool] | None:
+    """(the split's folder, whether one is held out) where all that lies in a folder is folders of splits."""
+    inside = [path for path in sorted(root.iterdir()) if not path.name.startswith(".")]
+    names = {path.name for path in inside if path.is_dir()}
+    found = {each: next((word for word in words if word in names), None) for each, words in SPLITS.items()}
+    if found["train"] is None or names - {word for words in SPLITS.values() for word in words}:
+        return None
+    if any(is_picture(path) for path in inside):
+        return None
+    return root / (found[split] or found["train"]), found["test"] is not None
 
 
 def is_illustrations(root: Path) -> bool:
