@@ -337,7 +337,8 @@ def test_a_conversion_keeps_the_preview_decoder_where_the_layout_can(
     [
         ({"perceptual": "lpips"}, "needs vgg and lpips"),
         ({"perceptual": "clip"}, "needs perceptual_model"),
-        ({"perceptual": "ssim", "vgg": "vgg16.pth"}, "does not read it"),
+        ({"perceptual": "ssim", "vgg": "vgg16.pth"}, "vgg is given without lpips"),
+        ({"perceptual": "ssim", "perceptual_model": "model.safetensors"}, "does not read it"),
         ({"adversarial": "hinge"}, "needs 24 pixels a side"),
     ],
 )

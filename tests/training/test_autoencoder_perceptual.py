@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sfumato.checkpoints.hub import HubName
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.nn.lpips import LPIPS
 from sfumato.training.config import TrainingConfig
+from sfumato.training.data import to_tensor
 from sfumato.training.run import make_task
 from sfumato.training.settings_autoencoder import AutoencoderTaskConfig
-from sfumato.training.tasks.autoencoder import AutoencoderTask
+from sfumato.training.tasks.autoencoder import AutoencoderTask, task
 from sfumato.training.tasks.autoencoder.perceptual import load_lpips, perceptual
+from sfumato.training.tasks.autoencoder.shapes import Smallest
 
 CPU = torch.device("cpu")
+EIGHT = Smallest((8, 8))
 SMALL = (4, 6, 0, 8, 8, 0, 5, 6, 7, 0, 8, 8, 8, 0, 8, 8, 9)
 Recipe = Callable[..., TrainingConfig]
 
@@ -53,7 +58,7 @@ def files(request: pytest.FixtureRequest, network: LPIPS, tmp_path: Path) -> tup
 
 def test_lpips_reads_the_released_files(network: LPIPS, files: tuple[Path, Path]) -> None:
     config = AutoencoderTaskConfig(perceptual="lpips", vgg=files[0], lpips=files[1])
-    found = perceptual(config, 3, 32, CPU, SMALL)
+    found = perceptual(config, 3, Smallest((32, 32)), Smallest((32, 32)), CPU, SMALL)
     assert found.distance is not None and "LPIPS" in found.described and len(found.digest) == 128
     assert torch.equal(found.distance(pictures(0), pictures(1)), network(pictures(0), pictures(1)))
     decoded = pictures(1).requires_grad_()
@@ -84,7 +89,7 @@ def test_features_of_an_earlier_run_and_of_a_clip_tower(first_stage: Path, tmp_p
     save_file(tower.state_dict(), path)
     for kind, file in (("autoencoder", first_stage / "model.safetensors"), ("clip", path)):
         config = AutoencoderTaskConfig.model_validate({"perceptual": kind, "perceptual_model": file})
-        found = perceptual(config, 3, 8, CPU)
+        found = perceptual(config, 3, EIGHT, EIGHT, CPU)
         assert found.distance is not None and str(file) in found.described
         clean, near = pictures(0, 8), (0.9 * pictures(0, 8) + 0.1 * pictures(1, 8)).requires_grad_()
         assert found.distance(clean, clean).tolist() == pytest.approx([0, 0], abs=1e-6)
@@ -113,15 +118,99 @@ def test_a_run_says_what_it_compares_in_and_hangs_on_the_files(
 
 def test_pictures_that_features_cannot_take(first_stage: Path, files: tuple[Path, Path]) -> None:
     lpips = AutoencoderTaskConfig(perceptual="lpips", vgg=files[0], lpips=files[1])
+    large, bucket = Smallest((32, 32)), Smallest((8, 64), bucketed=True)
     with pytest.raises(InputError, match="colour pictures"):
-        perceptual(lpips, 1, 32, CPU, SMALL)
-    with pytest.raises(InputError, match="16 pixels or more"):
-        perceptual(lpips, 3, 8, CPU, SMALL)
+        perceptual(lpips, 1, large, large, CPU, SMALL)
+    with pytest.raises(InputError, match=r"data\.size is \(8, 8\); LPIPS needs 16 pixels a side"):
+        perceptual(lpips, 3, EIGHT, EIGHT, CPU, SMALL)
+    with pytest.raises(InputError, match=r"data\.buckets .* needs 16 .*\nRaise data\.buckets\.min to 16"):
+        perceptual(lpips, 3, bucket, large, CPU, SMALL)
+    scored = AutoencoderTaskConfig(perceptual="ssim", vgg=files[0], lpips=files[1])
+    assert perceptual(scored, 3, bucket, large, CPU, SMALL).lpips is not None
+    for channels, held_out, message in ((1, large, "colour pictures"), (3, EIGHT, r"data\.size .* needs 16")):
+        with pytest.raises(InputError, match=message):
+            perceptual(scored, channels, large, held_out, CPU, SMALL)
     other = AutoencoderTaskConfig(
         perceptual="autoencoder", perceptual_model=first_stage / "model.safetensors"
     )
     with pytest.raises(InputError, match="takes 3 channels"):
-        perceptual(other, 1, 8, CPU)
+        perceptual(other, 1, EIGHT, EIGHT, CPU)
     gone = AutoencoderTaskConfig(perceptual="clip", perceptual_model=first_stage / "none.safetensors")
     with pytest.raises(CheckpointError, match="no file"):
-        perceptual(gone, 3, 8, CPU)
+        perceptual(gone, 3, EIGHT, EIGHT, CPU)
+
+
+@pytest.mark.parametrize("kind", ["none", "ssim"])
+def test_lpips_is_a_score_whatever_trains(
+    recipe: Recipe, network: LPIPS, files: tuple[Path, Path], tmp_path: Path, kind: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(task, "perceptual", partial(perceptual, widths=SMALL))
+    told: list[Any] = []
+
+    def made(**options: Any) -> AutoencoderTask:
+        config = recipe("autoencoder", tmp_path / "run", autoencoder=options, data={"size": 16})
+        torch.manual_seed(0)
+        return cast(AutoencoderTask, make_task(config, CPU, told.append))
+
+    plain = made(perceptual=kind)
+    scored = made(perceptual=kind, vgg=str(files[0]), lpips=str(files[1]))
+    assert "held_out_lpips" not in plain.evaluate() and plain.digest != scored.digest
+    assert "scored: LPIPS" in told[-1]["perceptual"] and "scored" not in told[0]["perceptual"]
+    held_out = torch.stack([to_tensor(scored.held_out.picture(each)) for each in range(len(scored.held_out))])
+    back = scored.network.decode(scored.network.encode(held_out).mode()).clamp(-1, 1)
+    distance = network(back, held_out).mean().item()
+    assert scored.evaluate() == plain.evaluate() | {"held_out_lpips": pytest.approx(distance, rel=1e-4)}
+    losses = []
+    for each in (plain, scored):
+        batches = each.batches(0, 4)
+        losses.append([loss.item() for _, loss, _ in each.losses(next(batches), 0)])
+        batches.close()
+    assert losses[0] == losses[1]
+
+
+class Cache:
+    """A hub of one repository that is its own cache; `asked` has the patterns of each download."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.asked, self.reached = folder, [], True
+
+    def listed(self, name: HubName, revision: str | None) -> list[str] | None:
+        return [each.name for each in self.folder.iterdir()] if self.reached else None
+
+    def download(self, repo: str, *, allow_patterns: Any, local_files_only: bool, **_: Any) -> str:
+        assert repo == "timm/vgg16.tv_in1k" and local_files_only is not self.reached
+        self.asked.append(allow_patterns)
+        return str(self.folder)
+
+
+def test_weights_of_the_hub_are_fetched_where_a_name_is_given(
+    network: LPIPS, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {name: value.contiguous() for name, value in network.state_dict().items()}
+    vgg = {name: value for name, value in state.items() if name.startswith("features.")}
+    (tmp_path / "repository").mkdir()
+    cache = Cache(tmp_path / "repository")
+    save_file(vgg | {"pre_logits.fc1.weight": torch.zeros(2)}, cache.folder / "model.safetensors")
+    for name in ("README.md", "pytorch_model.bin", "config.json"):
+        (cache.folder / name).write_text("{}")
+    torch.save({name: value for name, value in state.items() if name not in vgg}, cache.folder / "vgg.pth")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", cache.download)
+    monkeypatch.setattr("sfumato.checkpoints.hub._listed", cache.listed)
+    monkeypatch.chdir(tmp_path)
+    config = AutoencoderTaskConfig(
+        perceptual="lpips", vgg="timm/vgg16.tv_in1k", lpips="timm/vgg16.tv_in1k/vgg.pth"
+    )
+    digests = set()
+    for cache.reached in (True, False):
+        found = perceptual(config, 3, Smallest((32, 32)), Smallest((32, 32)), CPU, SMALL)
+        assert found.distance is not None and "LPIPS with timm/vgg16.tv_in1k and" in found.described
+        assert torch.equal(found.distance(pictures(0), pictures(1)), network(pictures(0), pictures(1)))
+        digests.add(found.digest)
+    assert cache.asked == [["config.json", "model.safetensors"], ["vgg.pth"], None, None]
+    assert len(digests) == 1
+    (cache.folder / "model.safetensors").rename(cache.folder / "other.safetensors")
+    (cache.folder / "pytorch_model.bin").unlink()
+    folder = config.model_copy(update={"vgg": str(cache.folder), "lpips": str(cache.folder / "vgg.pth")})
+    with pytest.raises(CheckpointError, match=r"is a folder without a model\.safetensors"):
+        perceptual(folder, 3, Smallest((32, 32)), Smallest((32, 32)), CPU, SMALL)

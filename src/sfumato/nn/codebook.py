@@ -12,7 +12,8 @@ class CodebookState(nn.Module):
     """What training remembers of a codebook of n entries in d dimensions; all of it is in the state dict.
 
     uses: (n,) moving average of how often each entry is chosen, 1 its fair share. counts (n,) and sums
-    (n, d): moving averages of the latents at each entry. ready: () 1 once the entries were drawn of latents.
+    (n, d): moving averages of the latents at each entry. ready: () 1 once there are entries and
+    averages of theirs.
     """
 
     uses: Tensor
@@ -26,6 +27,14 @@ class CodebookState(nn.Module):
         self.register_buffer("counts", torch.ones(n_embed))
         self.register_buffer("sums", torch.zeros(n_embed, embed_dim))
         self.register_buffer("ready", torch.zeros(()))
+
+    @torch.no_grad()
+    def begin(self, codebook: Tensor, fair: Tensor) -> None:
+        """Take over the entries of `codebook` (n, d), each as if it were the mean of `fair` () latents."""
+        self.uses.fill_(1.0)
+        self.counts.fill_(fair)
+        self.sums.copy_(codebook * fair)
+        self.ready.fill_(1)
 
     @torch.no_grad()
     def observe(self, counts: Tensor, sums: Tensor, kept: float) -> None:

@@ -38,14 +38,19 @@ class AutoencoderTaskConfig(Section):
     perceptual: Literal["none", "ssim", "autoencoder", "clip", "lpips"] = Field(
         default="none",
         description="features that reconstructions are compared in: multi-scale SSIM has no weights; the "
-        "encoder of an earlier run and a CLIP image tower are perceptual_model; lpips needs vgg and lpips",
+        "encoder of an earlier run and a CLIP image tower are perceptual_model; lpips needs vgg and lpips, "
+        "which make LPIPS a score with any of them",
     )
     perceptual_weight: float = Field(default=1.0, ge=0, description="beside the L1; LDM's is 1")
     perceptual_model: Path | None = Field(
         default=None, description="file of the autoencoder, or file or folder of the CLIP image tower"
     )
-    vgg: Path | None = Field(default=None, description="torchvision's vgg16, .pth or .safetensors")
-    lpips: Path | None = Field(default=None, description="LPIPS' linear weights for it (vgg.pth, v0.1)")
+    vgg: str | Path | None = Field(
+        default=None, description="torchvision's vgg16, .pth or .safetensors: a file, or a name on the hub"
+    )
+    lpips: str | Path | None = Field(
+        default=None, description="LPIPS' linear weights for it (vgg.pth, v0.1): a file, or a name on the hub"
+    )
 
     adversarial: Literal["none", "hinge", "vanilla"] = Field(
         default="none", description="loss of the PatchGAN discriminator, a second network; LDM's is hinge"

@@ -50,17 +50,19 @@ class Codebook:
         self.network, self.state, self.config = network, state, config
 
     def __call__(self, encoded: Latents, order: Sequence[Position]) -> Squeezed:
-        """Entries for the latents of a batch. The first batch of a run makes the entries, too."""
+        """Entries for the latents of a batch. The first batch makes the entries where none were given."""
         latents, quantiser, config = encoded.mean, self.network.quantize, self.config
         if config.freeze_encoder:
             return Squeezed(quantiser(latents), latents.new_zeros(()), {})
-        if not self.state.ready:
+        if not self.state.ready and config.start_from is None:
             self._renew(latents, order, torch.arange(len(self.state.uses), device=latents.device))
             self.state.ready.fill_(1)
         found = quantiser.train_step(latents)
         drawn = found.codebook if config.codebook == "gradient" else 0.0
         loss = config.codebook_weight * (drawn + config.beta * found.commitment)
         counts, sums = (_summed(each) for each in chosen(latents, found.indices, len(self.state.uses)))
+        if not self.state.ready:  # averages that weigh as much as those of a run with such batches
+            self.state.begin(quantiser.embedding.weight, counts.sum() / len(counts))
         used, perplexity = usage(counts)
         metrics = {"commitment": found.commitment, "codes_used": used, "perplexity": perplexity}
 

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.checkpoints.build import assign
 from sfumato.checkpoints.controls.load import load_control
 from sfumato.checkpoints.files import open_file, sha256
+from sfumato.checkpoints.layouts.naming import weight_file
 from sfumato.checkpoints.load import load_file, read_finite
+from sfumato.checkpoints.open import locate
 from sfumato.errors import CheckpointError, InputError
 from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.clip_vision import DEVIATION, MEAN, CLIPVisionEncoder
@@ -22,6 +24,7 @@ from sfumato.nn.ssim import multi_scale_ssim
 from sfumato.nn.vq import VQModel
 from sfumato.runtime import shapes_only
 from sfumato.training.settings_autoencoder import AutoencoderTaskConfig
+from sfumato.training.tasks.autoencoder.shapes import Smallest
 
 SMALLEST_LPIPS = 16  # pixels that four halvings leave one of
 LAYERS = 4  # of a CLIP image tower, spread over its depth
@@ -32,61 +35,90 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Perceptual:
-    """A distance, the words for it, and the digest of the files it was made of."""
+    """A distance, the words for it, the digest of the files that were read, and LPIPS where it is a score."""
 
     distance: Distance | None
     described: str
     digest: str = ""
+    lpips: LPIPS | None = None
 
 
 def perceptual(
     config: AutoencoderTaskConfig,
     channels: int,
-    side: int,
+    trained: Smallest,
+    scored: Smallest,
     device: torch.device,
     widths: tuple[int, ...] = VGG16,
 ) -> Perceptual:
-    """The perceptual distance that a recipe asks for, its networks frozen on `device`.
+    """The perceptual distance that a recipe asks for, and LPIPS to score with, their networks on `device`.
 
-    channels and side: of the pictures, the shorter side. Raises `InputError` where the recipe names no file,
-    or its pictures do not fit; `CheckpointError` for files of other networks.
+    channels, trained, scored: of the pictures, those trained on and those held out. Raises `InputError` where
+    the recipe names no file, or its pictures do not fit; `CheckpointError` for files of other networks.
     """
-    given = {"vgg": config.vgg, "lpips": config.lpips, "perceptual_model": config.perceptual_model}
+    _check_keys(config)
+    kind, model = config.perceptual, config.perceptual_model
+    if channels != 3 and (kind == "clip" or config.vgg is not None):
+        raise InputError(
+            f"{'a CLIP image tower' if kind == 'clip' else 'LPIPS'} compares colour pictures; data.channels "
+            f"is {channels}",
+            'Take perceptual = "ssim", and leave out vgg and lpips.',
+        )
+    lpips, names, digest = None, "", ""
+    if config.vgg is not None and config.lpips is not None:
+        for shown in (scored, trained) if kind == "lpips" else (scored,):
+            shown.check(SMALLEST_LPIPS, "LPIPS", ', or take perceptual = "ssim" without vgg and lpips')
+        vgg, linear = _located(config.vgg), _located(config.lpips)
+        digest = _digest(vgg) + _digest(linear)
+        lpips = load_lpips(vgg, linear, widths).to(device)
+        names = f"LPIPS with {config.vgg} and {config.lpips}"
+    if kind == "lpips":
+        return Perceptual(lpips, names, digest, lpips)
+    distance, described = None, "no perceptual term"
+    if model is not None:
+        digest += _digest(model)
+    if kind == "ssim":
+        distance, described = _of_ssim, "1 - multi-scale SSIM, without weights"
+    elif kind == "autoencoder" and model is not None:
+        distance, described = _of_autoencoder(model, channels, device), f"features of {model}"
+    elif kind == "clip" and model is not None:
+        distance, described = _of_clip(model, device), f"features of the image tower {model}"
+    return Perceptual(distance, f"{described}; scored: {names}" if names else described, digest, lpips)
+
+
+def _check_keys(config: AutoencoderTaskConfig) -> None:
+    """`InputError` where a file is missing for what the recipe asks, or given and not read."""
+    given = {key: getattr(config, key) is not None for key in ("vgg", "lpips", "perceptual_model")}
     needed = {"lpips": ("vgg", "lpips"), "autoencoder": ("perceptual_model",), "clip": ("perceptual_model",)}
     wanted = needed.get(config.perceptual, ())
-    missing = [key for key in wanted if given[key] is None]
-    spare = [key for key, path in given.items() if path is not None and key not in wanted]
+    missing = [key for key in wanted if not given[key]]
     if missing:
         raise InputError(
             f'autoencoder.perceptual = "{config.perceptual}" needs {" and ".join(missing)}',
             'Give the files, or take perceptual = "ssim", which needs none.',
         )
-    if spare:
+    if given["vgg"] != given["lpips"]:
+        one, other = ("vgg", "lpips") if given["vgg"] else ("lpips", "vgg")
         raise InputError(
-            f'autoencoder.{spare[0]} is given, and perceptual = "{config.perceptual}" does not read it',
+            f"autoencoder.{one} is given without {other}; LPIPS is made of both",
+            f"Give {other}, too, or leave out {one}.",
+        )
+    if given["perceptual_model"] and "perceptual_model" not in wanted:
+        raise InputError(
+            f'autoencoder.perceptual_model is given, and perceptual = "{config.perceptual}" does not read it',
             "Leave it out, or change perceptual.",
         )
-    if config.perceptual in ("lpips", "clip") and channels != 3:
-        raise InputError(
-            f'perceptual = "{config.perceptual}" compares colour pictures; data.channels is {channels}',
-            'Take perceptual = "ssim".',
-        )
-    files = [path for key in wanted if (path := given[key]) is not None]
-    digest = "".join(_digest(path) for path in files)
-    if config.perceptual == "none":
-        return Perceptual(None, "no perceptual term")
-    if config.perceptual == "ssim":
-        return Perceptual(lambda a, b: 1 - multi_scale_ssim(a, b), "1 - multi-scale SSIM, without weights")
-    if config.perceptual == "lpips":
-        if side < SMALLEST_LPIPS:
-            raise InputError(
-                f"LPIPS takes pictures of {SMALLEST_LPIPS} pixels or more, these have {side}", ""
-            )
-        network = load_lpips(files[0], files[1], widths).to(device)
-        return Perceptual(network, f"LPIPS with {files[0]} and {files[1]}", digest)
-    if config.perceptual == "autoencoder":
-        return Perceptual(_of_autoencoder(files[0], channels, device), f"features of {files[0]}", digest)
-    return Perceptual(_of_clip(files[0], device), f"features of the image tower {files[0]}", digest)
+
+
+def _located(weights: str | Path) -> Path:
+    """The file of weights at a path, or of a name on the hub; in a folder, the one that a component has."""
+    path = locate(weights)
+    if not path.is_dir():
+        return path
+    name = weight_file([each.name for each in path.iterdir()], None)
+    if name is None or name.endswith(".json"):
+        raise CheckpointError(f"{weights} is a folder without a model.safetensors", "Give one of its files.")
+    return path / name
 
 
 def load_lpips(vgg: Path, linear: Path, widths: tuple[int, ...] = VGG16) -> LPIPS:
@@ -113,6 +145,10 @@ def _digest(path: Path) -> str:
             raise CheckpointError(f"there is no file {path}", "Check the path; relative ones start here.")
         return sha256(path)
     return "".join(sha256(each) for each in sorted(path.iterdir()) if each.is_file())
+
+
+def _of_ssim(first: Tensor, second: Tensor) -> Tensor:
+    return 1 - multi_scale_ssim(first, second)
 
 
 def _of_autoencoder(path: Path, channels: int, device: torch.device) -> Distance:
@@ -151,8 +187,3 @@ def _of_clip(path: Path, device: torch.device) -> Distance:
         return [states[layer].mT for layer in layers]  # each (b, width, tokens)
 
     return lambda first, second: feature_distance(features(first), features(second))
-
-
-def networks_of(distance: Distance | None) -> nn.Module | None:
-    """LPIPS, where that is the distance: the only one that is a score too."""
-    return distance if isinstance(distance, LPIPS) else None

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from sfumato.nn.autoencoder import AutoencoderKL
 from sfumato.nn.codebook import usage
+from sfumato.nn.lpips import LPIPS
 from sfumato.nn.ssim import ssim
 from sfumato.nn.vq import VQModel
 from sfumato.training.sheets import save_sheet
@@ -32,7 +33,7 @@ def psnr(first: Tensor, second: Tensor) -> Tensor:
 
 @torch.no_grad()
 def scores(
-    network: AutoencoderKL | VQModel, batches: Iterable[Tensor], lpips: nn.Module | None
+    network: AutoencoderKL | VQModel, batches: Iterable[Tensor], lpips: LPIPS | None
 ) -> dict[str, float]:
     """Means over pictures; mean and deviation of each latent channel; use of the codebook in all of them."""
     found: dict[str, list[Tensor]] = {"psnr": [], "l1": [], "ssim": []}

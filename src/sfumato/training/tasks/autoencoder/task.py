@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from contextlib import closing
-from functools import partial
+from functools import partial, reduce
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
@@ -28,8 +28,9 @@ from sfumato.training.loop import Loss, Report
 from sfumato.training.tasks.autoencoder.bottleneck import Codebook, gaussian
 from sfumato.training.tasks.autoencoder.finish import distil, measured, scaled
 from sfumato.training.tasks.autoencoder.loss import LogVariance, losses
-from sfumato.training.tasks.autoencoder.perceptual import networks_of, perceptual
+from sfumato.training.tasks.autoencoder.perceptual import perceptual
 from sfumato.training.tasks.autoencoder.scores import round_trip_sheet, scores
+from sfumato.training.tasks.autoencoder.shapes import Smallest, smallest
 
 EVALUATED = 256  # held-out pictures that a score is the mean of
 MEASURED = 4096  # training pictures that the latent scale is measured on: within 1 %
@@ -60,13 +61,14 @@ class AutoencoderTask:
         self.options = config.autoencoder
         self.network_config = _checked(config)
         self.network = _network(self.network_config)
-        self.latent_scale = self._start()
+        self.latent_scale, self.written_as = self._start()
         self.network.to(device)
         if config.loop.channels_last:
             channels_last(self.network)
 
         # What the loss needs beside it. The order in which networks are made is that of their first weights.
-        self.discriminator, self.logvar, self.codebook = _discriminator(config), None, None
+        shown = smallest(config.data, dataset, self.network_config.downsampling)
+        self.discriminator, self.logvar, self.codebook = _discriminator(config, shown), None, None
         modules: dict[str, nn.Module] = {"autoencoder": self.network}
         if self.discriminator is not None:
             modules["discriminator"] = self.discriminator
@@ -76,15 +78,15 @@ class AutoencoderTask:
             state = CodebookState(
                 self.network.quantize.embedding.num_embeddings, self.network_config.embed_dim
             )
-            state.ready.fill_(self.options.start_from is not None)
             modules["codebook"] = state
             self.codebook = Codebook(self.network, state, self.options)
         for module in modules.values():
             module.to(device)
         self.modules: Mapping[str, nn.Module] = modules
-        compared = perceptual(self.options, config.data.channels, min(config.data.shape), device)
+        scored = Smallest(config.data.shape)  # held-out pictures are in no buckets
+        compared = perceptual(self.options, config.data.channels, shown, scored, device)
         report({"perceptual": compared.described})
-        self.distance = compared.distance
+        self.distance, self.lpips = compared.distance, compared.lpips
         self.digest = dataset.digest + compared.digest
 
         decode = self.network.decode
@@ -115,6 +117,8 @@ class AutoencoderTask:
     def losses(self, batch: Batch, seen: int) -> Iterator[Loss]:
         order, pictures = batch
         pictures = pictures.to(self.device)
+        if self.options.freeze_encoder:
+            self.network.encoder.eval()  # whatever mode the loop puts it in: dropout would move its latents
         with torch.set_grad_enabled(not self.options.freeze_encoder):
             encoded = self.encode(pictures)
         if isinstance(encoded, DiagonalGaussian):
@@ -130,7 +134,7 @@ class AutoencoderTask:
 
     def evaluate(self) -> dict[str, float]:
         """Held-out means of the likeliest latents' round trips; see `scores`."""
-        return scores(self.network, self._pictures(self.held_out, EVALUATED), networks_of(self.distance))
+        return scores(self.network, self._pictures(self.held_out, EVALUATED), self.lpips)
 
     def preview(self, path: Path) -> None:
         """Held-out pictures in odd rows, their round trips below; at the end the worst tiles of 256."""
@@ -157,18 +161,25 @@ class AutoencoderTask:
             latent_spread=(spread.mean, spread.std),
             preview=preview,
         )
-        save_file(path, config, parts, torch.float16)
+        save_file(path, config, parts, self.written_as)
 
-    def _start(self) -> float | None:
-        """Begin with another run's weights where the recipe says so; the scale of latents that stay."""
+    def _start(self) -> tuple[float | None, torch.dtype]:
+        """Begin with another run's weights where the recipe says so.
+
+        Returns what stays with an encoder that does: the scale of its latents, and the number format of its
+        file, without which the written encoder would not be the same to the bit.
+        """
         path = self.options.start_from
         if path is None:
-            return None
+            return None, torch.float16
         start = load_file(path, torch.float32)
         copy_into(
             self.network, start.module("autoencoder").state_dict(), f"{path} does not fit [first_stage]"
         )
-        return start.config.latent_scale if self.options.freeze_encoder else None
+        if not self.options.freeze_encoder:
+            return None, torch.float16
+        part = start.opened.parts["autoencoder"]
+        return start.config.latent_scale, _format({part.info(name).dtype for name in part.names})
 
     def _pictures(self, dataset: Dataset, count: int) -> Iterator[Tensor]:
         """The same `count` pictures spread over the whole data set each time, in batches."""
@@ -188,7 +199,14 @@ def _network(config: AutoencoderConfig) -> AutoencoderKL | VQModel:
     return network
 
 
-def _discriminator(config: TrainingConfig) -> NLayerDiscriminator | None:
+def _format(found: Collection[torch.dtype]) -> torch.dtype:
+    """What holds weights of these formats to the bit; no wider than training, no narrower than float16."""
+    wide = [dtype for dtype in found if dtype.itemsize > 1]
+    together = reduce(torch.promote_types, wide, wide[0]) if wide else torch.float16
+    return torch.float32 if together == torch.float64 else together
+
+
+def _discriminator(config: TrainingConfig, shown: Smallest) -> NLayerDiscriminator | None:
     """The second network of a recipe that asks for one; `InputError` where the pictures have no patch."""
     options = config.autoencoder
     if options.adversarial == "none":
@@ -196,12 +214,8 @@ def _discriminator(config: TrainingConfig) -> NLayerDiscriminator | None:
     network = DiscriminatorConfig(
         config.data.channels, options.disc_width, options.disc_layers, options.disc_norm
     )
-    if min(config.data.shape) < network.smallest:
-        raise InputError(
-            f"data.size is {config.data.shape}; a discriminator with disc_layers = {options.disc_layers} "
-            f"needs {network.smallest} pixels a side",
-            "Lower autoencoder.disc_layers.",
-        )
+    what = f"a discriminator with autoencoder.disc_layers = {options.disc_layers}"
+    shown.check(network.smallest, what, ", or lower disc_layers")
     return NLayerDiscriminator(network)
 
 
