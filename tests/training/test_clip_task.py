@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,35 @@ def test_the_scale_never_exceeds_a_hundred(recipe: Recipe, tmp_path: Path) -> No
 # What is seen
 
 
+def test_captions_are_varied_as_the_recipe_says(recipe: Recipe, tmp_path: Path) -> None:
+    rules = {"templates": ("a photo of {}", "a drawing of {}"), "prefix": "<", "suffix": ">"}
+    task = made(recipe("clip", tmp_path, **TOWERS, data={"captions": rules}))
+    said = set()
+    for number in range(40):
+        place = Position(3, 0, number, number % len(task.dataset))
+        own = task.dataset.captions(place.index)[0]
+        taken, text = task._caption(place)
+        assert task.captions[taken] == own and text in (f"<a photo of {own}>", f"<a drawing of {own}>")
+        said.add(text.split()[1])
+    assert said == {"photo", "drawing"}
+    read: list[Sequence[str]] = []
+    vectors = task._text_vectors
+
+    def watching(captions: Sequence[str]) -> Tensor:
+        read.append(captions)
+        return vectors(captions)
+
+    task._text_vectors = watching  # type: ignore[method-assign]
+    with closing(task.batches(0, 4)) as source:
+        places, _ = batch = next(source)
+    list(task.losses(batch, 0))
+    assert list(read[0]) == [task._caption(place)[1] for place in places]
+    read.clear()
+    with torch.no_grad():
+        task.evaluate()
+    assert read and all(text.startswith("<a photo of ") for captions in read for text in captions)
+
+
 def test_chance_depends_on_the_place_alone(recipe: Recipe, tmp_path: Path) -> None:
     task = made(recipe("clip", tmp_path, **{**TOWERS, "clip": {**TOWERS["clip"], "crop": 0.5, "flip": True}}))
     picture = torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -141,7 +171,7 @@ def test_a_batch_is_learned_by_heart(recipe: Recipe, tmp_path: Path) -> None:
         loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
-    chosen = [task._caption(place) for place in batch[0]]
+    chosen = [task._caption(place)[0] for place in batch[0]]
     right = task._right([place.index for place in batch[0]], chosen).float()
     least = (right / right.sum(dim=1, keepdim=True)).clamp_min(1e-9)  # entropy of the shared captions
     floor = float(-(least * least.log()).sum(dim=1).mean())
@@ -165,6 +195,9 @@ def test_pictures_without_captions(tmp_path: Path, recipe: Recipe, pictures: Pat
         ({"data": {"size": 10}}, r"Set data.size = 8"),
         ({"data": {"size": (8, 4)}}, "takes squares"),
         ({"loop": {"gradient_checkpointing": True}}, "gradient_checkpointing"),
+        ({"data": {"buckets": True}}, "Leave out data.buckets"),
+        ({"data": {"masks": "masks"}}, "data.masks is masks"),
+        ({"data": {"captions": {"templates": ("a {}",), "word": "<cat>"}}}, "captions.word is '<cat>'"),
     ],
 )
 def test_recipes_that_do_not_fit(recipe: Recipe, tmp_path: Path, changes: dict[str, Any], said: str) -> None:

@@ -11,7 +11,16 @@ from PIL import Image
 
 from sfumato.errors import DataError, InputError
 from sfumato.training.config import TrainingConfig, read_config
-from sfumato.training.data import CaptionRules, Position, caption, caption_rules, every_caption, open_data
+from sfumato.training.data import (
+    CaptionRules,
+    Position,
+    caption,
+    caption_rules,
+    every_caption,
+    fixed_caption,
+    open_data,
+    varied,
+)
 from sfumato.training.settings_data import BucketConfig, CaptionConfig, DataConfig
 
 
@@ -80,6 +89,17 @@ def test_templates_are_filled_with_the_caption_or_the_word() -> None:
     assert set(said(data, templates=("a photo of {}",), word="<my-cat>")) == {"a photo of <my-cat>"}
     assert said(data, prefix="sks ", suffix=", 2024") == {"sks cat, 2024": 400}
     assert set(said(Texts(["{}"]), templates=("a {}",))) == {"a {}"}, "captions are no templates"
+
+
+def test_a_held_out_picture_is_always_called_the_same() -> None:
+    rules = CaptionRules(shuffle=True, tag_dropout=0.5, templates=("a {}", "the {}"), prefix="<", suffix=">")
+    assert fixed_caption(["one, two, three", "other"], rules) == "<a one, two, three>"
+    assert fixed_caption([], rules) == "<a >" and fixed_caption([]) == ""
+    assert fixed_caption(["one"], CaptionRules(templates=("a {}",), word="w")) == "a w"
+    choices = ["one", "two"]
+    for place in range(20):
+        taken, text = varied(choices, Position(0, 0, place), CaptionRules(templates=("a {}",)))
+        assert taken in choices and text == f"a {taken}"
 
 
 @pytest.mark.parametrize("template", ["a photo", "{} and {}"])

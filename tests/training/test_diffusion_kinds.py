@@ -316,6 +316,12 @@ def test_a_schedule_that_ends_too_early_is_a_warning(pixel: Recipe, tmp_path: Pa
     warnings = task_of(pixel(tmp_path / "run", schedule=notes)).warnings
     assert len(warnings) == 1 and "36%" in warnings[0] and "schedule.beta_end = 0.1" in warnings[0]
     assert task_of(pixel(tmp_path / "other")).warnings == ()
+    undone = {
+        "diffusion": {"prediction": "v", "weighting": "min_snr"},
+        "schedule": {"zero_terminal_snr": True},
+    }
+    (warning,) = task_of(pixel(tmp_path / "undone", **undone)).warnings
+    assert 'diffusion.weighting = "none"' in warning
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -326,6 +332,9 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "labels of noise": ("super-resolution", {"diffusion": {"classes": "vector"}}, "levels of noise"),
     "noise of nothing": ("text", {"diffusion": {"noise_levels": 5}}, "no small picture is shown"),
     "another factor": ("super-resolution", {"diffusion": {"enlarge": 3}}, "has 2 per latent"),
+    "no small picture": ("text", {"diffusion": {"concat_dropout": 0.2}}, "concat_dropout is 0.2, and only"),
+    "left out": ("super-resolution", {"diffusion": {"concat_dropout": 1.0}}, "always shown"),
+    "a text cache": ("text", {"diffusion": {"text_cache": True}}, "one is trained\nSet .*text_trainable"),
     "timesteps": ("text", {"diffusion": {"timestep_range": (0, 5000)}}, "the schedule ends at 999"),
 }  # fmt: skip
 

@@ -24,6 +24,7 @@ from sfumato.training.objective import (
     losses,
     noised,
     schedule_warning,
+    weighting_warning,
     weights,
 )
 
@@ -186,3 +187,17 @@ def test_a_schedule_that_ends_too_early_is_told_with_what_helps() -> None:
     }.items():
         assert remedy in text and schedule_warning(Schedule(changed)) is None
     assert schedule_warning(SCHEDULE) is None
+
+
+@pytest.mark.parametrize("prediction", ["v", "x0"])
+@pytest.mark.parametrize("weighting", ["min_snr", "p2", "debiased"])
+def test_a_weighting_that_undoes_zero_terminal_snr_is_told(weighting: str, prediction: str) -> None:
+    schedule = Schedule(ScheduleConfig(zero_terminal_snr=True))
+    config = objective(prediction=prediction, weighting=weighting)
+    assert float(weights(config, schedule, torch.tensor([999]))) < 1e-3
+    text = weighting_warning(config, schedule)
+    assert text is not None and weighting in text and 'diffusion.weighting = "none"' in text
+    assert weighting_warning(config, SCHEDULE) is None
+    assert weighting_warning(objective(prediction=prediction), schedule) is None
+    partly = objective(prediction=prediction, weighting=weighting, timestep_range=(0, 500))
+    assert weighting_warning(partly, schedule) is None, "the last timestep is left to another"

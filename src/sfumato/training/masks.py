@@ -1,4 +1,4 @@
-"""Random masks for learning to inpaint: rectangles, brush strokes and the whole picture."""
+"""Masks for learning to inpaint: pictures' own, or random rectangles and strokes; or the whole picture."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
+
+from sfumato.errors import InputError
+from sfumato.training.settings_data import DataConfig
 
 RECTANGLES, STROKES, BENDS = 3, 4, 5  # at most, of a mask, a mask, a stroke
 LEAST, MOST = 0.15, 0.7  # sides of a rectangle, of the picture's
@@ -38,3 +41,21 @@ def random_mask(height: int, width: int, generator: torch.Generator, whole: floa
             for x, y in points:
                 brush.ellipse((x - thick / 2, y - thick / 2, x + thick / 2, y + thick / 2), fill=1)
     return torch.from_numpy(np.array(mask, dtype=np.float32))[None]
+
+
+def own_mask(given: Tensor, generator: torch.Generator, whole: float = 0.25) -> Tensor:
+    """A picture's own mask (1, h, w) in -1..1 as `random_mask` has them: its lighter half is 1."""
+    if float(torch.rand((), generator=generator)) < whole:
+        return torch.ones_like(given)
+    return (given >= 0).to(given)
+
+
+def refuse_masks(config: DataConfig) -> None:
+    """`InputError` for folders of masks in a recipe that shows its network none."""
+    numbered = [(f"data.folders[{number}].masks", each.masks) for number, each in enumerate(config.folders)]
+    for name, folder in [("data.masks", config.masks), *numbered]:
+        if folder is not None:
+            raise InputError(
+                f"{name} is {folder}, and only a denoiser that inpaints is shown masks",
+                'Leave it out, or set task = "diffusion" and diffusion.concat = "inpainting".',
+            )

@@ -15,6 +15,7 @@ from sfumato.errors import InputError
 from sfumato.training.data import Position
 from sfumato.training.settings_diffusion import ObjectiveConfig
 
+BINS = 4  # ranges of timesteps scored apart
 MOST_SIGNAL = 0.1  # of the amplitude of a picture at the last timestep; SD 1 keeps 0.068, DDPM 0.006
 
 
@@ -71,6 +72,28 @@ def schedule_warning(schedule: Schedule) -> str | None:
     )
 
 
+def weighting_warning(config: ObjectiveConfig, schedule: Schedule) -> str | None:
+    """What is wrong with a weighting beside a schedule that ends in noise alone, and what helps.
+
+    Each vanishes with the SNR (see `weights`), so what zero_terminal_snr is for would not be learned.
+    """
+    last = schedule.num_timesteps - 1
+    trained = config.timestep_range is None or config.timestep_range[1] == last
+    if config.weighting == "none" or not schedule.config.zero_terminal_snr or not trained:
+        return None
+    return (
+        f"diffusion.weighting is {config.weighting!r}, which gives the last timestep no weight: where drawing"
+        " starts nothing is learned, so schedule.zero_terminal_snr does not make dark and light pictures. "
+        'One key helps: diffusion.weighting = "none"'
+    )
+
+
+def warnings(config: ObjectiveConfig, schedule: Schedule) -> tuple[str, ...]:
+    """What will go wrong with a recipe that is trained as asked."""
+    found = (schedule_warning(schedule), weighting_warning(config, schedule))
+    return tuple(text for text in found if text is not None)
+
+
 def drawn(
     config: ObjectiveConfig,
     schedule: Schedule,
@@ -120,6 +143,13 @@ def errors(config: ObjectiveConfig, schedule: Schedule, raw: Tensor, clean: Tens
         delta = _deltas(config, schedule, chance.t).to(raw.device).reshape(-1, *[1] * (raw.ndim - 1))
         error = 2 * delta * ((difference.square() + delta.square()).sqrt() - delta)
     return error.flatten(1).mean(dim=1)
+
+
+def held_out_scores(errors: Tensor, t: Tensor, schedule: Schedule) -> dict[str, float]:
+    """The mean of held-out errors (n,) at timesteps (n,), over all of them and in ranges of them."""
+    errors, part = errors.cpu(), t.cpu() * BINS // schedule.num_timesteps
+    by_time = {f"held_out_loss_{each}": float(errors[part == each].mean()) for each in part.unique().tolist()}
+    return {"held_out_loss": float(errors.mean()), **by_time}
 
 
 def weights(config: ObjectiveConfig, schedule: Schedule, t: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from sfumato.training.distributed import Processes, joined
 from sfumato.training.finetune import FinetuneTask
 from sfumato.training.lock import locked
 from sfumato.training.loop import Report, Task, train
+from sfumato.training.masks import refuse_masks
 from sfumato.training.tasks.autoencoder import AutoencoderTask
 from sfumato.training.tasks.classifier import ClassifierTask
 from sfumato.training.tasks.clip import CLIPTask
@@ -85,6 +86,9 @@ def make_task(
     notice = data.path / "NOTICE"
     if not config.notices and notice.is_file():  # whoever gets the model gets the credits
         config = config.model_copy(update={"notices": notice.read_text(encoding="utf-8")})
+
+    if config.task != "diffusion":  # which reads them where it inpaints
+        refuse_masks(data)
 
     def opened(split: Split) -> Dataset:
         return narrowed(open_data(data, split, config.out, lambda text: report({"warning": text})))

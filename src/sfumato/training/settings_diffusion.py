@@ -85,7 +85,10 @@ class DiffusionTaskConfig(ObjectiveConfig):
         default="none",
         description="what further input channels show: mask and known part, or a small picture",
     )
-    concat_dropout: Probability = Field(default=0.1, description="share of small pictures that are not shown")
+    concat_dropout: Probability = Field(
+        default=0.1,
+        description="share of small pictures that are not shown, in pixels; beside latents they always are",
+    )
     mask_whole: Probability = Field(
         default=0.25, description="share of masks that hide everything (Stable Diffusion: a quarter)"
     )

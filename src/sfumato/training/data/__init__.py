@@ -1,7 +1,7 @@
 """Captioned pictures for training, in an order that is a function of (seed, epoch) alone."""
 
 from sfumato.training.data.batches import ahead, batches, groups, load, load_parts
-from sfumato.training.data.captions import CaptionRules, caption, every_caption
+from sfumato.training.data.captions import CaptionRules, caption, every_caption, fixed_caption, varied
 from sfumato.training.data.dataset import Dataset, Part, Placed, Size, View, to_tensor
 from sfumato.training.data.illustrations import Illustrations
 from sfumato.training.data.open import Folder, bucket_rules, caption_rules, open_data, open_dataset
@@ -33,6 +33,7 @@ __all__ = [
     "caption",
     "caption_rules",
     "every_caption",
+    "fixed_caption",
     "groups",
     "held_out",
     "load",
@@ -41,4 +42,5 @@ __all__ = [
     "open_dataset",
     "positions",
     "to_tensor",
+    "varied",
 ]

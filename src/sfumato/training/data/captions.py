@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -50,16 +50,23 @@ AS_IT_IS = CaptionRules()
 
 def caption(dataset: Dataset, position: Position, rules: CaptionRules = AS_IT_IS) -> str:
     """The caption of the picture at a place of the run: a function of it, so a resumed run says the same."""
+    return varied(dataset.captions(position.index) or [""], position, rules)[1]
+
+
+def varied(choices: Sequence[str], position: Position, rules: CaptionRules = AS_IT_IS) -> tuple[str, str]:
+    """(the one of a picture's captions that is taken at a place, what is made of it)."""
     generator = position.generator("caption")
-    choices = dataset.captions(position.index) or [""]
-    text = choices[0]
+    taken = choices[0]
     if rules.choose == "random" and len(choices) > 1:
-        text = choices[_below(len(choices), generator)]
-    text = _tagged(text, rules, generator)
-    if rules.templates:
-        template = rules.templates[_below(len(rules.templates), generator)]
-        text = template.replace("{}", rules.word or text)
-    return rules.prefix + text + rules.suffix
+        taken = choices[_below(len(choices), generator)]
+    text = _tagged(taken, rules, generator)
+    template = rules.templates[_below(len(rules.templates), generator)] if rules.templates else ""
+    return taken, _framed(text, template, rules)
+
+
+def fixed_caption(choices: Sequence[str], rules: CaptionRules = AS_IT_IS) -> str:
+    """What a held-out picture is called: its first caption with all its tags, in the first template."""
+    return _framed((choices or [""])[0], (rules.templates or ("",))[0], rules)
 
 
 def every_caption(dataset: Dataset, rules: CaptionRules = AS_IT_IS) -> list[str]:
@@ -91,9 +98,13 @@ def _all(dataset: Dataset, rules: CaptionRules) -> Iterator[str]:
     for index in range(len(dataset)):
         choices = dataset.captions(index) or [""]
         texts = choices[:1] if rules.choose == "first" else choices
-        for text, template in product(texts, rules.templates or ("{}",)):
-            word = rules.word if rules.templates else ""
-            yield rules.prefix + template.replace("{}", word or text) + rules.suffix
+        for text, template in product(texts, rules.templates or ("",)):
+            yield _framed(text, template, rules)
+
+
+def _framed(text: str, template: str, rules: CaptionRules) -> str:
+    """A caption in a template, if there is one, with what is put around it."""
+    return rules.prefix + (template.replace("{}", rules.word or text) if template else text) + rules.suffix
 
 
 def _tagged(text: str, rules: CaptionRules, generator: torch.Generator) -> str:

@@ -63,7 +63,8 @@ class Placed(Protocol):
     """A data set whose pictures depend on the place too: in buckets, cropped, mirrored, replaced.
 
     `classes` are the names that labels count, empty where there are none. `flip` is the share of mirrored
-    pictures, `random_crop` whether crops depend on the place, `bucketed` whether sizes differ.
+    pictures, `random_crop` whether crops depend on the place, `bucketed` whether sizes differ, `masked`
+    whether there are masks beside the pictures.
     """
 
     digest: str
@@ -71,6 +72,7 @@ class Placed(Protocol):
     flip: float
     random_crop: bool
     bucketed: bool
+    masked: bool
 
     @property
     def order(self) -> Sequence[int]: ...

@@ -68,6 +68,7 @@ class PictureSet:
         self.digest = digest_of(self.records)
         self.flip, self.random_crop = rules.framing.flip, rules.framing.crop == "random"
         self.bucketed = rules.buckets is not None
+        self.masked = any(record.mask is not None for record in self.records)
         self._originals: dict[int, Size] = {}
         self._sizes: list[Size | None] = [rules.size] * len(self.records)
         if rules.buckets is not None:

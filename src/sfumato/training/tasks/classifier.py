@@ -161,6 +161,7 @@ class ClassifierTask:
             self.config.out / f"latents-{name}.safetensors",
             first_stage.identity,
             progress,
+            workers=self.config.data.workers,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,11 +21,25 @@ from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.runtime import training_attention
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import WHOLE, Dataset, Position, Share, batches, groups, to_tensor
+from sfumato.training.data import (
+    WHOLE,
+    CaptionRules,
+    Dataset,
+    Position,
+    Share,
+    batches,
+    caption_rules,
+    fixed_caption,
+    groups,
+    to_tensor,
+    varied,
+)
 from sfumato.training.loop import Loss
+from sfumato.training.masks import refuse_masks
 from sfumato.training.settings_clip import CLIPTaskConfig
 from sfumato.training.sheets import save_sheet
 
+REMEMBERED = 1 << 16  # captions whose tokens are kept
 CANDIDATES = 64  # among so many the right picture, or caption, has to be found
 EVALUATED = 8  # such groups of held-out pairs that a score is the mean of
 ROWS, COLUMNS = 8, 8  # captions, and pictures found for each, on a sheet
@@ -67,13 +82,14 @@ class CLIPTask:
         if config.loop.gradient_checkpointing:
             raise InputError("a clip run has no gradient_checkpointing", "Leave it out.")
         text, vision = _checked(config, self.options)
-        # In sorted order, so that each caption has a number that all processes know.
+        self.rules = _rules(config)
+        # In sorted order, so that each caption has a number that all processes know, whatever is made of it.
         self.captions = sorted(
             {text for index in range(len(dataset)) for text in dataset.captions(index) if text}
         )
         self.tokenizer = _tokenizer(self.options, self.captions, text.max_position_embeddings)
         self.length = text.max_position_embeddings
-        self.tokens = self.tokenizer.batch(self.captions, self.length)[0]
+        self.tokens = lru_cache(REMEMBERED)(self._tokens)
         self.numbers = {caption: number for number, caption in enumerate(self.captions)}
         self.text = CLIPTextEncoder(_fitted(text, self.tokenizer))
         self.vision = CLIPVisionEncoder(vision)
@@ -100,11 +116,12 @@ class CLIPTask:
         pictures = torch.stack(
             [self._augmented(picture, place) for place, picture in zip(order, pictures, strict=True)]
         )
-        chosen = torch.tensor([self._caption(place) for place in order])
+        numbers, said = zip(*(self._caption(place) for place in order), strict=True)
+        chosen = torch.tensor(numbers)
         with training_attention(self.device):
             # Every process compares the pairs of all, so the mean of their gradients is that of one process.
             images = gathered(self._image_vectors(pictures))
-            texts = gathered(self._text_vectors(self.tokens[chosen]))
+            texts = gathered(self._text_vectors(said))
             indices = gathered(torch.tensor([place.index for place in order], device=self.device))
             chosen = gathered(chosen.to(self.device))
             right = self._right(indices.tolist(), chosen.tolist())
@@ -166,11 +183,14 @@ class CLIPTask:
         cut = resized(picture[None, :, y : y + side, x : x + side], whole)[0]
         return cut.flip(-1) if self.options.flip and mirrored < 0.5 else cut
 
-    def _caption(self, place: Position) -> int:
-        """The number of one of the picture's captions."""
+    def _caption(self, place: Position) -> tuple[int, str]:
+        """The number of one of the picture's captions, and what is made of it there."""
         choices = [text for text in self.dataset.captions(place.index) if text]
-        drawn = int(torch.randint(len(choices), (), generator=place.generator("caption")))
-        return self.numbers[choices[drawn]]
+        taken, said = varied(choices, place, self.rules)
+        return self.numbers[taken], said
+
+    def _tokens(self, caption: str) -> Tensor:
+        return self.tokenizer.batch([caption], self.length)[0][0]
 
     def _right(self, indices: Sequence[int], chosen: Sequence[int]) -> Tensor:
         """(b, b) bool: whether caption j of the batch is one of picture i's own."""
@@ -180,7 +200,8 @@ class CLIPTask:
     def _image_vectors(self, pictures: Tensor) -> Tensor:
         return F.normalize(self.see(normalized(pictures.to(self.device))).embeds.float(), dim=1)
 
-    def _text_vectors(self, tokens: Tensor) -> Tensor:
+    def _text_vectors(self, captions: Sequence[str]) -> Tensor:
+        tokens = torch.stack([self.tokens(caption) for caption in captions])
         return F.normalize(self.read(tokens.to(self.device)).pooled.float(), dim=1)
 
     def _held_out_groups(self) -> list[list[int]]:
@@ -196,9 +217,8 @@ class CLIPTask:
 
     def _held_out_vectors(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
         pictures = torch.stack([to_tensor(self.held_out.picture(index)) for index in group])
-        captions = [self.held_out.captions(index)[0] for index in group]
-        tokens = self.tokenizer.batch(captions, self.length)[0]
-        return self._image_vectors(pictures), self._text_vectors(tokens)
+        captions = [fixed_caption(self.held_out.captions(index), self.rules) for index in group]
+        return self._image_vectors(pictures), self._text_vectors(captions)
 
 
 def contrast(images: Tensor, texts: Tensor, scale: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -247,6 +267,17 @@ def _tokenizer(options: CLIPTaskConfig, captions: list[str], length: int) -> Tok
     return Tokenizer.train(captions, options.vocabulary, length)
 
 
+def _rules(config: TrainingConfig) -> CaptionRules:
+    """How captions are varied; `InputError` where none of them would be left."""
+    rules = caption_rules(config.data.captions)
+    if rules.templates and rules.word:
+        raise InputError(
+            f"data.captions.word is {rules.word!r}, which would be the caption of every picture alike",
+            "Leave it out; templates are filled with the captions.",
+        )
+    return rules
+
+
 def _fitted(text: CLIPTextConfig, tokenizer: Tokenizer) -> CLIPTextConfig:
     """The text tower's options for the tokens of its tokenizer."""
     return dataclasses.replace(
@@ -261,6 +292,12 @@ def _checked(config: TrainingConfig, options: CLIPTaskConfig) -> tuple[CLIPTextC
     """The towers of a recipe."""
     if config.text is None:
         raise InputError("a clip run needs a [text] table", "See configs/illustrations-clip.toml for one.")
+    refuse_masks(config.data)
+    if config.data.buckets is not None:
+        raise InputError(
+            "data.buckets is given; the image tower takes squares of data.size alone",
+            "Leave out data.buckets.",
+        )
     height, width = config.data.shape
     patch = options.vision.patch_size
     if height != width or width % patch:

@@ -21,7 +21,7 @@ from sfumato.nn.classes import ClassEmbedder, ClassEmbedderConfig
 from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.text.tokenizer import Tokenizer
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Dataset, Position, caption, caption_rules, every_caption
+from sfumato.training.data import Dataset, Position, caption, caption_rules, every_caption, fixed_caption
 from sfumato.training.texts import TextCache
 
 REMEMBERED = 1 << 16  # captions whose tokens are kept
@@ -67,6 +67,11 @@ class Captions:
         self.options, self.data, self.device = config.diffusion, data, device
         self.rules = caption_rules(config.data.captions)
         self.trained = config.diffusion.text_trainable
+        if self.trained and self.options.text_cache:
+            raise InputError(
+                "diffusion.text_cache keeps what a text encoder makes of captions, and this one is trained",
+                "Set diffusion.text_trainable = false, or leave out text_cache.",
+            )
         if not self.trained and start is None:
             raise InputError(
                 "diffusion.text_trainable is false, and the text encoder would be untrained",
@@ -91,7 +96,7 @@ class Captions:
         self.network.to(device)
         self.tokens: Callable[[str], Tensor] = lru_cache(REMEMBERED)(self._tokens)
         self.cache: TextCache | None = None
-        if self.options.text_cache and self.frozen:
+        if self.options.text_cache:
             self.cache = self._cached(config, self.frozen)
 
     @property
@@ -102,7 +107,7 @@ class Captions:
         return self.encoded([self.caption(place) for place in places])
 
     def held_out(self, indices: Sequence[int], pictures: Tensor | None) -> Conditioning:
-        return self.encoded([(self.data[1].captions(index) or [""])[0] for index in indices])
+        return self.encoded([fixed_caption(self.data[1].captions(index), self.rules) for index in indices])
 
     def caption(self, place: Position) -> str:
         """What the picture is called there, or the empty caption."""
@@ -122,7 +127,8 @@ class Captions:
 
     def _cached(self, config: TrainingConfig, digest: str) -> TextCache:
         """What is made of all captions, in files of the run's folder."""
-        held_out = [(self.data[1].captions(index) or [""])[0] for index in range(len(self.data[1]))]
+        every = range(len(self.data[1]))
+        held_out = [fixed_caption(self.data[1].captions(index), self.rules) for index in every]
         captions = [*every_caption(self.data[0], self.rules), *held_out]
         return TextCache(captions, self.encoded, config.out / "texts.safetensors", digest)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from sfumato.checkpoints.files import write_atomically
 from sfumato.checkpoints.load import ModelFile, copy_into, load_file
 from sfumato.checkpoints.save import save_file
 from sfumato.conditioning import Conditioning
@@ -28,13 +27,14 @@ from sfumato.training.latents import Pixels, Progress
 from sfumato.training.loop import Loss
 from sfumato.training.memorised import Memory
 from sfumato.training.objective import Drawn
+from sfumato.training.sheets import save_classes
 from sfumato.training.tasks import diffusion_parts as parts
 from sfumato.training.tasks.conditions import Captions, Labels, joined
 from sfumato.training.tasks.diffusion_parts import Batch
 from sfumato.training.tasks.diffusion_sheet import sheet
+from sfumato.training.tasks.shown import Inpainting
 
 EVALUATED = 512  # held-out samples that a score is the mean of
-BINS = 4  # ranges of timesteps scored apart
 
 
 class DiffusionTask:
@@ -83,9 +83,8 @@ class DiffusionTask:
         self.model = self._model(first_stage)
         self.schedule = self.model.schedule
         objective.check(options, self.schedule)
-        warning = objective.schedule_warning(self.schedule)
-        self.warnings = () if warning is None else (warning,)
-        self.shown = parts.shown(config, self.model)
+        self.warnings = objective.warnings(options, self.schedule)
+        self.shown = parts.shown(config, self.model, data)
         self.conditions = [*told, *self.shown]
         self.source, self.held_out_source = parts.samples(config, self.model, data, first_stage, progress)
 
@@ -95,7 +94,8 @@ class DiffusionTask:
     def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Batch, None, None]:
         order = groups(self.dataset, self.config.seed, seen, size, share)
         if self.shown:
-            return parts.with_pictures(self.source, self.dataset, self.config.data.workers, order)
+            masked = any(isinstance(each, Inpainting) and each.masked for each in self.shown)
+            return parts.with_pictures(self.source, self.dataset, self.config.data.workers, order, masked)
         return parts.without_pictures(self.source, order)
 
     def losses(self, batch: Batch, seen: int) -> Iterator[Loss]:
@@ -124,11 +124,7 @@ class DiffusionTask:
             given = self._held_out_conditions(indices)
             errors.append(self._errors(clean, Drawn(noise, noise, t), given))
             times.append(t)
-        error, time = torch.cat(errors).cpu(), torch.cat(times) * BINS // self.schedule.num_timesteps
-        by_time = {
-            f"held_out_loss_{part}": float(error[time == part].mean()) for part in time.unique().tolist()
-        }
-        return {"held_out_loss": float(error.mean()), **by_time}
+        return objective.held_out_scores(torch.cat(errors), torch.cat(times), self.schedule)
 
     def preview(self, path: Path) -> dict[str, float]:
         """A sheet drawn by default: prompts, classes, or held-out pictures and what was made of them.
@@ -152,8 +148,7 @@ class DiffusionTask:
                 states[part] = module.state_dict()
         save_file(path, self.model.config, states, torch.float16)
         if self.labels is not None:
-            text = "".join(f"{number}\t{name}\n" for number, name in enumerate(self.labels.names))
-            write_atomically(path.with_name("classes.tsv"), lambda file: file.write_text(text, "utf-8"))
+            save_classes(path.with_name("classes.tsv"), self.labels.names)
 
     def _errors(self, clean: Tensor, chance: Drawn, given: Conditioning) -> Tensor:
         """The error of every sample, (b,) float32."""

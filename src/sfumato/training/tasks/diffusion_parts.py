@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from itertools import tee
 
 import torch
 from torch import Tensor
@@ -16,16 +15,21 @@ from sfumato.errors import InputError
 from sfumato.model import StableDiffusion
 from sfumato.nn.unet import UNet, UNetConfig
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Dataset, Placed, Position, Size, batches
+from sfumato.training.data import Dataset, Part, Placed, Position, Size, ahead, load, load_parts
 from sfumato.training.latents import CachedLatents, Pixels, Progress, Source
+from sfumato.training.masks import refuse_masks
 from sfumato.training.settings_diffusion import DiffusionTaskConfig
 from sfumato.training.tasks.conditions import Captions, Condition, Labels
 from sfumato.training.tasks.shown import Inpainting, SmallPicture, StretchedPicture
 
+MASKED: tuple[Part, ...] = ("picture", "mask")
 FIRST = "input_blocks.0.0.weight"  # (width, in_channels, 3, 3)
 
 Batch = tuple[list[Position], Tensor, Tensor | None]
-"""Places, samples (b, c, h, w), and their pictures in -1..1 where conditions are made of them."""
+"""Places, samples (b, c, h, w), and their pictures in -1..1 where conditions are made of them.
+
+Where those conditions show masks of the pictures' own, these are one channel more of the pictures.
+"""
 
 
 def told(
@@ -40,6 +44,8 @@ def told(
     """
     options = config.diffusion
     concat_kind(options)  # whose errors come before those of the pictures
+    if options.concat != "inpainting":
+        refuse_masks(config.data)
     text = config.text is not None or options.text_from is not None
     if text and options.classes == "context":
         raise InputError(
@@ -123,11 +129,11 @@ def start_unet(network: UNet, start: ModelFile, source: str) -> None:
     copy_into(network, weights, f"{source} does not fit [unet]")
 
 
-def shown(config: TrainingConfig, model: StableDiffusion) -> list[Condition]:
+def shown(config: TrainingConfig, model: StableDiffusion, data: tuple[Dataset, Dataset]) -> list[Condition]:
     """What the network is shown of pictures, as the recipe has it, or nothing."""
     options = config.diffusion
     if options.concat == "inpainting":
-        return [Inpainting(options, model.encode_image, config.seed)]
+        return [Inpainting(options, model.encode_image, config.seed, data)]
     if options.concat == "super_resolution":
         return [SmallPicture(options, model.downsampling) if model.autoencoder else StretchedPicture(options)]
     return []
@@ -137,6 +143,12 @@ def concat_kind(options: DiffusionTaskConfig) -> str | None:
     """What the further channels show, as a model file says it; `InputError` for options that contradict."""
     latents = options.autoencoder is not None
     small = options.concat == "super_resolution"
+    if "concat_dropout" in options.model_fields_set and (latents or not small):
+        raise InputError(
+            f"diffusion.concat_dropout is {options.concat_dropout:g}, and only small pictures in pixels are "
+            "left out; beside latents the small picture is always shown",
+            'Leave it out, or set diffusion.concat = "super_resolution" without diffusion.autoencoder.',
+        )
     if options.noise_levels and not (small and latents):
         raise InputError(
             f"diffusion.noise_levels is {options.noise_levels}, and no small picture is shown beside latents",
@@ -172,6 +184,7 @@ def samples(
             config.out / f"latents-{name}.safetensors",
             first_stage.identity,
             progress,
+            workers=config.data.workers,
         )
         for dataset, name in zip(data, ("train", "test"), strict=True)
     )
@@ -190,17 +203,24 @@ def alike(dataset: Dataset, indices: Sequence[int], most: int) -> Iterator[list[
 
 
 def with_pictures(
-    source: Source, dataset: Dataset, workers: int, order: Iterator[list[Position]]
+    source: Source, dataset: Dataset, workers: int, order: Iterator[list[Position]], masked: bool = False
 ) -> Generator[Batch, None, None]:
-    """The samples of `groups` and the pictures that they are of."""
-    if isinstance(source, Pixels):
-        with closing(source.batches(order)) as found:
-            yield from ((group, pictures, pictures) for group, pictures in found)
-    first, second = tee(order)
-    with closing(source.batches(first)) as clean, closing(batches(dataset, second, workers)) as pictures:
-        for (group, sample), (again, picture) in zip(clean, pictures, strict=True):
-            assert group == again, "samples and pictures of other places"
-            yield group, sample, picture
+    """The samples of `groups` and the pictures that they are of, if `masked` with their masks behind them."""
+
+    def seen(group: list[Position]) -> tuple[list[Position], Tensor]:
+        if not (masked and isinstance(dataset, Placed)):
+            return load(dataset, group)
+        places, parts = load_parts(dataset, group, MASKED)
+        return places, torch.cat(parts, dim=1)
+
+    with closing(ahead(order, seen, workers)) as found:
+        for group, pictures in found:
+            clean = pictures[:, :-1] if masked else pictures
+            if not isinstance(source, Pixels):
+                # Of the pictures that were found: one whose file or mask cannot be read has been replaced.
+                ((again, clean),) = source.batches(iter([group]))
+                assert group == again, "samples and pictures of other places"
+            yield group, clean, pictures
 
 
 def without_pictures(source: Source, order: Iterator[list[Position]]) -> Generator[Batch, None, None]:

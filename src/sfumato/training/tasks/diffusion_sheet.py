@@ -14,7 +14,7 @@ from sfumato.generation import draw, generate
 from sfumato.model import StableDiffusion
 from sfumato.request import Request
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Dataset, Position, to_tensor
+from sfumato.training.data import Dataset, Position, caption_rules, fixed_caption, to_tensor
 from sfumato.training.sheets import save_sheet
 from sfumato.training.tasks.conditions import Condition, Labelled
 from sfumato.training.tasks.diffusion_parts import alike
@@ -47,13 +47,18 @@ def sheet(
         rounds = [generate(model, Request(label=label, num_images=EACH, seed=0)).samples for label in labels]
         drawn = torch.cat(rounds)
     else:
-        prompts = list(config.diffusion.prompts) or [
-            "" if model.config.text is None else (held_out.captions(index) or [""])[0]
-            for index in _spread(held_out, SHOWN)
-        ]
+        told = [_prompt(model, config, held_out, index) for index in _spread(held_out, SHOWN)]
+        prompts = list(config.diffusion.prompts) or [prompt or "" for prompt in told]
         drawn = draw(model, prompts, seeds=range(len(prompts)))
     save_sheet(path, drawn, columns=COLUMNS)
     return drawn
+
+
+def _prompt(model: StableDiffusion, config: TrainingConfig, held_out: Dataset, index: int) -> str | None:
+    """A held-out caption as the recipe has captions; None for a model without text."""
+    if model.config.text is None:
+        return None
+    return fixed_caption(held_out.captions(index), caption_rules(config.data.captions))
 
 
 def _spread(dataset: Dataset, count: int) -> list[int]:
@@ -77,7 +82,7 @@ def _three(
     elif isinstance(shown, SmallPicture | StretchedPicture):
         given = images.preview(shown.small(picture[None])[0])
         seen = to_tensor(given.resize((picture.shape[2], picture.shape[1]), Image.Resampling.NEAREST))
-    prompt = (held_out.captions(index) or [None])[0] if model.config.text is not None else None
+    prompt = _prompt(model, config, held_out, index)
     label = (
         held_out.label(index)
         if config.diffusion.classes != "none" and isinstance(held_out, Labelled)

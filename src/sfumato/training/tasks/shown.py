@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from sfumato.conditioning import Conditioning, concatenate
 from sfumato.diffusion.low_scale import low_scale
 from sfumato.generation.canvas import resized_mask
-from sfumato.training.data import Position
-from sfumato.training.masks import random_mask
+from sfumato.training.data import Dataset, Placed, Position, to_tensor
+from sfumato.training.masks import own_mask, random_mask
 from sfumato.training.settings_diffusion import DiffusionTaskConfig
 
 ENLARGE = 4  # where the recipe does not say
@@ -26,26 +26,50 @@ Encode = Callable[[Tensor], Tensor]
 
 
 class Inpainting:
-    """Mask and masked picture, 1 + z channels in Stable Diffusion's order; what is masked is grey."""
+    """Mask and masked picture, 1 + z channels in Stable Diffusion's order; what is masked is grey.
+
+    data: the pictures, and those held out. Where they have masks of their own these are shown, else random
+    ones; training pictures then come with their masks as one channel more (`masked`), cut and mirrored alike.
+    """
 
     trained = False
     modules: Mapping[str, nn.Module] = {}
 
-    def __init__(self, options: DiffusionTaskConfig, encode: Encode, seed: int) -> None:
+    def __init__(
+        self, options: DiffusionTaskConfig, encode: Encode, seed: int, data: tuple[Dataset, Dataset]
+    ) -> None:
         self.options, self.encode, self.seed = options, encode, seed
+        self.masked, self.own = _with_masks(data[0]) is not None, _with_masks(data[1])
 
     def training(self, places: Sequence[Position], pictures: Tensor | None) -> Conditioning:
         assert pictures is not None
-        return self.shown(pictures, self.masks(places, pictures))
+        if self.masked:
+            return self.shown(pictures[:, :-1], self._hiding(places, pictures[:, -1:]))
+        return self.shown(pictures, self._random(places, pictures))
 
     def held_out(self, indices: Sequence[int], pictures: Tensor | None) -> Conditioning:
-        return self.training([Position(self.seed, -1, index, index) for index in indices], pictures)
+        assert pictures is not None
+        places = [Position(self.seed, -1, index, index) for index in indices]
+        return self.shown(pictures, self.masks(places, pictures))
 
     def masks(self, places: Sequence[Position], pictures: Tensor) -> Tensor:
-        """(b, 1, h, w), a function of the places alone."""
+        """(b, 1, h, w) of held-out pictures, a function of the places alone."""
+        if self.own is None:
+            return self._random(places, pictures)
+        # At the place that `picture` takes, so that what stands in for an unusable one has its own mask.
+        found = [self.own.shown(Position(0, -1, each.index, each.index), ("mask",)) for each in places]
+        return self._hiding(places, torch.stack([to_tensor(mask) for _, (mask,) in found]))
+
+    def _random(self, places: Sequence[Position], pictures: Tensor) -> Tensor:
         height, width = pictures.shape[2:]
         share = self.options.mask_whole
         return torch.stack([random_mask(height, width, each.generator("mask"), share) for each in places])
+
+    def _hiding(self, places: Sequence[Position], given: Tensor) -> Tensor:
+        """Masks of pictures (b, 1, h, w) in -1..1 as 0 and 1, some of them of everything."""
+        share = self.options.mask_whole
+        pairs = zip(places, given, strict=True)
+        return torch.stack([own_mask(mask, place.generator("mask"), share) for place, mask in pairs])
 
     def shown(self, pictures: Tensor, masks: Tensor) -> Conditioning:
         """The channels for masks (b, 1, h, w) of 0 and 1."""
@@ -126,6 +150,11 @@ class SmallPicture:
     def small(self, pictures: Tensor) -> Tensor:
         """(b, c, h / factor, w / factor) of pictures (b, c, h, w)."""
         return _resized(pictures, [side // self.factor for side in pictures.shape[2:]])
+
+
+def _with_masks(dataset: Dataset) -> Placed | None:
+    """The data set, if there are masks beside its pictures."""
+    return dataset if isinstance(dataset, Placed) and dataset.masked else None
 
 
 def noisy(pictures: Tensor, places: Sequence[Position], most: float) -> Tensor:
