@@ -397,3 +397,18 @@ def test_folders_of_splits(tmp_path: Path, kind: str) -> None:
     if kind == "tables":
         assert [train.captions(i) for i in range(3)] == [[word] for word in WORDS[:3]]
         assert held_out.captions(0) == ["grey"]
+
+
+def test_conditions_that_cannot_be_are_told_and_no_picture_is_put_aside(tmp_path: Path) -> None:
+    """What is wrong with a recipe is no fault of the pictures: mended, it finds all of them."""
+    root, out = files(tmp_path / "pictures"), tmp_path / "run"
+    config = DataConfig.model_validate({"path": root, "size": 4})
+    data = open_data(config, "train", out)
+    assert isinstance(data, PictureSet)
+    for part in ("condition", "mask"):
+        with pytest.raises(InputError, match=f"no picture has a {part}"):
+            data.shown(Position(0, 0, 0, 0), (part,))  # type: ignore[arg-type]
+    assert not (out / "quarantine.jsonl").exists()
+    tar_of(tmp_path / "0.tar", {"a.png": png((1, 2, 3))})
+    with pytest.raises(InputError, match="holds pictures in archives"):
+        opened(tmp_path, conditions=root)

@@ -121,6 +121,13 @@ def list_any(
         )
     if (table := table_of(root)) is not None:
         return list_table(table, reading)
+    packed = (root / "state.json").is_file() or any(root.glob("*.tar")) or any(root.glob("*.parquet"))
+    for what, folder in (("conditions", reading.conditions), ("masks", reading.masks)):
+        if packed and folder is not None:
+            raise InputError(
+                f"data.{what} is {folder}, and {root} holds pictures in archives, which have their own",
+                f"Put the {what} into the archives, as docs/training-data.md says, or unpack the pictures.",
+            )
     if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
         return list_saved(root, split, reading)
     if any(root.glob("*.tar")):

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from PIL import Image
 
-from sfumato.errors import DataError
+from sfumato.errors import DataError, InputError
 from sfumato.training.data.buckets import Buckets, assigned
 from sfumato.training.data.dataset import PICTURE, Part, Size, View
 from sfumato.training.data.positions import Position, held_out
@@ -69,6 +69,7 @@ class PictureSet:
         self.flip, self.random_crop = rules.framing.flip, rules.framing.crop == "random"
         self.bucketed = rules.buckets is not None
         self.masked = any(record.mask is not None for record in self.records)
+        self.conditioned = any(record.condition is not None for record in self.records)
         self._originals: dict[int, Size] = {}
         self._sizes: list[Size | None] = [rules.size] * len(self.records)
         if rules.buckets is not None:
@@ -194,6 +195,11 @@ class PictureSet:
         flat = self._flat(position.index) if "picture" in parts else None
         original = self._original(position.index) if flat is None else _upright(flat)
         chosen = self._frame(position, original)
+        for part, there in (("condition", self.conditioned), ("mask", self.masked)):
+            if part in parts and not there:  # a fault of the recipe, and of no picture
+                raise InputError(
+                    f"no picture has a {part}", f"Give data.{part}s, or a column or members of tars for them."
+                )
         for part in parts:
             if part == "picture":
                 assert flat is not None
