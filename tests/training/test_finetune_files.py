@@ -97,7 +97,8 @@ def test_kohyas_names_and_metadata(task: Callable[..., FinetuneTask]) -> None:
 @torch.no_grad()
 def test_diffusers_loads_the_peft_dialect(task: Callable[..., FinetuneTask]) -> None:
     made = task("lora", "sd1", lora={"rank": 2, "alpha": 3.0, "targets": "convolutions"})
-    made.modules["lora"].eval()
+    for module in made.modules.values():
+        module.eval()
     made.method.write(made.config.out)
     tensors, metadata = read_tensors(made.config.out / "tuned-peft.safetensors")
     unet = diffusers.UNet2DConditionModel(

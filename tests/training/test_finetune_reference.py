@@ -28,7 +28,9 @@ from sfumato.training.finetune import FinetuneTask
 from sfumato.training.finetune.inversion import Inversion
 from sfumato.training.finetune.lora import Lora
 from sfumato.training.finetune.task import Samples
+from sfumato.training.optimizers import make_optimizers
 from sfumato.training.run import make_task
+from sfumato.training.settings_loop import OptimizerConfig
 
 CPU = torch.device("cpu")
 # Groups of one channel would take away what the biases and the timestep add, and gradients would be rounding.
@@ -133,6 +135,36 @@ def assert_near(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> No
             assert float((found[name] - value).norm()) <= 1e-5 * float(value.norm()), name
 
 
+def weights(task: FinetuneTask) -> dict[str, Tensor]:
+    """What is trained, as it is now, by the names of `ours`."""
+    return {
+        f"{part}.{name}": p.detach().clone()
+        for part, each in task.modules.items()
+        for name, p in each.named_parameters()
+    }
+
+
+def step(task: FinetuneTask, *theirs: nn.Module) -> None:
+    """One step of SGD on both sides; ours by the run's own optimizer."""
+    config = OptimizerConfig(name="sgd", learning_rate=RATE, betas=(0.0, 0.0), weight_decay=0.0)
+    for optimizer in make_optimizers(config, task.optimized(), task.modules).values():
+        optimizer.step()
+    for network in theirs:
+        torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=RATE).step()
+
+
+def assert_stepped(
+    before: Mapping[str, Tensor], found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> None:
+    """Every weight is theirs after the step, and its change is theirs, within 1e-5 of the norm of each."""
+    assert before.keys() == found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        change = value - before[name]
+        difference = float((found[name] - value).norm())
+        assert difference <= 1e-5 * float(value.norm()), name
+        assert difference <= 1e-5 * float(change.norm()) or name.endswith(ZERO), name
+
+
 def first_samples(task: FinetuneTask) -> Samples:
     return next(task.batches(0, 4)).pictures
 
@@ -161,11 +193,25 @@ def test_whole_networks(task: Callable[..., FinetuneTask]) -> None:
     }
     assert_near(text_found, theirs)
     # One step of SGD from equal weights and gradients.
-    own_weight = made.model.unet.get_parameter("out.2.weight")
-    before = own_weight.detach().clone()
-    torch.optim.SGD(made.optimized()["full"], lr=RATE).step()
-    wanted_step = before - RATE * wanted["unet.conv_out.weight"]
-    assert torch.allclose(own_weight, wanted_step, atol=1e-6)
+    before = weights(made)
+    step(made, unet, text)
+    after = weights(made)
+
+    def of_unet(named: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        own = {name.removeprefix("unet."): value for name, value in named.items() if name.startswith("unet.")}
+        return to_foreign(pairs("unet", GROUPED, "diffusers"), own)
+
+    def of_text(named: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            name.removeprefix("text.text_model."): value
+            for name, value in named.items()
+            if name.startswith("text.")
+        }
+
+    assert_stepped(of_unet(before), of_unet(after), {name: p.detach() for name, p in unet.named_parameters()})
+    stepped = {name.removeprefix("text_model."): p.detach() for name, p in text.named_parameters()}
+    assert_stepped(of_text(before), of_text(after), stepped)
+    assert len(of_unet(after)) + len(of_text(after)) == len(after)
 
 
 @pytest.mark.parametrize("kind", ["attention", "convolutions"])
@@ -204,15 +250,18 @@ def test_lora_against_peft(task: Callable[..., FinetuneTask], kind: str) -> None
     ).backward()
     wanted: dict[str, Tensor] = {}
     for (part, name), layer in links.items():
-        key = f"lora.{part}_{name.replace('.', '_')}"
+        key = f"{part}.{name.replace('.', '_')}"
         wanted[f"{key}.down"] = layer.lora_A["default"].weight.grad
         wanted[f"{key}.up"] = layer.lora_B["default"].weight.grad
     assert_near(ours(made, samples), wanted)
-    before = {name: factors.up.detach().clone() for name, factors in method.factors.items()}
-    torch.optim.SGD(made.optimized()["lora"], lr=RATE).step()
-    for place, factors in method.factors.items():
-        step = RATE * links[place].lora_B["default"].weight.grad
-        assert torch.allclose(factors.up, before[place] - step, atol=1e-6)
+    before = weights(made)
+    step(made, *networks.values())
+    stepped: dict[str, Tensor] = {}
+    for (part, name), layer in links.items():
+        key = f"{part}.{name.replace('.', '_')}"
+        stepped[f"{key}.down"] = layer.lora_A["default"].weight.detach()
+        stepped[f"{key}.up"] = layer.lora_B["default"].weight.detach()
+    assert_stepped(before, weights(made), stepped)
 
 
 def test_a_change_starts_as_pefts_does_from_the_same_numbers() -> None:

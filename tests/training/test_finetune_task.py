@@ -17,6 +17,7 @@ from sfumato.checkpoints.load import load_file
 from sfumato.errors import InputError
 from sfumato.training.config import TrainingConfig
 from sfumato.training.finetune import FinetuneTask
+from sfumato.training.optimizers import make_optimizers
 from sfumato.training.run import make_task
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -45,6 +46,43 @@ def test_every_method_overfits_one_batch(finetune: Made, method: str, rate: floa
         optimizer.step()
         losses.append(float(loss.detach()))
     assert min(losses[-5:]) < left * losses[0]
+
+
+@pytest.mark.parametrize(("method", "rate"), [("full", 1e-2), ("lora", 2e-2)])
+def test_a_thing_and_its_class_are_learned_together(
+    finetune: Made, pictures: Path, method: str, rate: float
+) -> None:
+    more = {"prompt": "the pim", "prior": {"prompt": "a number", "path": pictures, "weight": 0.5}}
+    task = make_task(finetune(method, more=more), CPU)
+    batches = task.batches(0, 2)
+    batch = next(batches)
+    batches.close()
+    ((_, parameters),) = task.optimized().items()
+    optimizer = torch.optim.Adam(parameters, lr=rate)
+    losses: dict[str, list[float]] = {"loss": [], "prior_loss": []}
+    for _ in range(40):
+        optimizer.zero_grad()
+        for _, loss, told in task.losses(batch, 0):
+            loss.backward(inputs=parameters)
+            for name, value in told.items():
+                losses[name].append(float(torch.as_tensor(value).detach()))
+        optimizer.step()
+    for name, each in losses.items():
+        assert len(each) == 40 and min(each[-5:]) < 0.5 * each[0], name
+
+
+def test_text_encoders_of_a_lora_learn_at_their_own_rate(finetune: Made) -> None:
+    with pytest.raises(InputError, match=r"finetune\.text") as caught:
+        make_task(finetune("lora", more={"text": True}), CPU)
+    assert "finetune.lora.text" in caught.value.hint
+    config = finetune("lora", "sdxl", optimizer={"learning_rates": {"text": 5e-5, "text2": 2e-5}})
+    task = make_task(config, CPU)
+    ((_, optimizer),) = make_optimizers(config.optimizer, task.optimized(), task.modules).items()
+    rates = {p: group["rate"] for group in optimizer.param_groups for p in group["params"]}
+    for part, rate in (("unet", 1e-3), ("text", 5e-5), ("text2", 2e-5)):
+        own = list(task.modules[part].parameters())
+        assert own and {rates[parameter] for parameter in own} == {rate}
+    assert len(rates) == sum(p.numel() > 0 for p in task.optimized()["lora"])
 
 
 def test_a_whole_model_is_written_and_its_other_parts_are_the_old_ones(

@@ -59,7 +59,9 @@ class PriorConfig(Section):
 
     prompt: str = Field(description="the class in words, as 'a photo of a dog'")
     path: Path | None = Field(
-        default=None, description="folder of pictures of it; drawn by the model where it is empty or none"
+        default=None,
+        description="folder of pictures of it; drawn by the model where it is empty or none. "
+        "Not looked at where data.folders with prior = true hold some",
     )
     images: PositiveInt = Field(default=200, description="how many are drawn")
     weight: float = Field(default=1.0, gt=0, description="of their loss beside that of the pictures")
@@ -72,12 +74,16 @@ class FinetuneConfig(ObjectiveConfig):
         default=None, description="a file, a folder, or a name on the hub; none = the embedded model"
     )
     method: Literal["full", "lora", "textual_inversion", "controlnet"] = "lora"
-    text: bool = Field(default=False, description="full: the text encoders too")
+    text: bool = Field(default=False, description="full: the text encoders too; of a LoRA see lora.text")
     prompt: str | None = Field(
-        default=None, description="caption of every picture, as 'a photo of sks dog'; none = their own"
+        default=None,
+        description="caption of all pictures but the class's, as 'a photo of sks dog'; none = their own",
     )
     caption_dropout: float = Field(
-        default=0.0, ge=0, le=1, description="share of captions replaced by none at all"
+        default=0.0,
+        ge=0,
+        le=1,
+        description="share of captions replaced by none at all, in a textual inversion by the word alone",
     )
     prompts: tuple[str, ...] = Field(default=(), description="of the preview sheets")
     frozen_precision: Literal["float32", "bfloat16"] = Field(

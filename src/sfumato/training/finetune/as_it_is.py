@@ -29,4 +29,4 @@ class AsItIs:
         return self.base.network(x, t, cond)
 
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
-        return draw(self.base.model, prompts, seeds=range(len(prompts)))
+        return draw(self.base.model, prompts, range(len(prompts)), self.base.request)

@@ -59,7 +59,7 @@ class Control:
 
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
         assert hints is not None
-        return draw(_Shown(self, hints), prompts, seeds=range(len(prompts)))
+        return draw(_Shown(self, hints), prompts, range(len(prompts)), self.base.request)
 
     def write(self, out: Path, tail: str = "") -> Path:
         base = self.base

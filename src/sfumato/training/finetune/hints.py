@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ from torch import Tensor
 from sfumato.errors import InputError
 from sfumato.preprocess import preprocess
 from sfumato.training.data import Dataset, Part, Placed, Position, ahead, to_tensor
+from sfumato.training.latents import Source
 from sfumato.training.settings_finetune import ControlConfig
 
 
@@ -29,22 +31,42 @@ class Hints:
                 "Give finetune.control.preprocessor, or data.conditions for pictures in files.",
             )
         if len(dataset):
-            self.picture(Position(0, -1, 0, 0))  # what is wrong with the recipe is told now
+            self.loaded([Position(0, -1, 0, 0)])  # what is wrong with the recipe is told now
 
-    def picture(self, position: Position) -> Image.Image:
-        """The hint of a place as an RGB picture."""
+    def picture(self, position: Position) -> tuple[Position, Image.Image]:
+        """(the place of a picture whose hint can be read, the hint in RGB)."""
         kind = self.options.preprocessor
         part: Part = "picture" if kind else "condition"
         if isinstance(self.dataset, Placed):
-            _, (shown,) = self.dataset.shown(position, (part,))
+            position, (shown,) = self.dataset.shown(position, (part,))
         else:
             shown = self.dataset.picture(position.index)
-        return shown.convert("RGB") if kind is None else preprocess(kind, shown, self.options.options)
+        return position, shown.convert("RGB") if kind is None else preprocess(
+            kind, shown, self.options.options
+        )
+
+    def loaded(self, places: Sequence[Position]) -> tuple[list[Position], Tensor]:
+        """(the places of pictures whose hints can be read, those hints (n, 3, h, w))."""
+        found = [self.picture(place) for place in places]
+        hints = torch.stack([(to_tensor(hint) + 1) / 2 for _, hint in found])
+        return [place for place, _ in found], hints
 
     def of(self, places: Sequence[Position]) -> Tensor:
         """(n, 3, h, w) of these places."""
-        return torch.stack([(to_tensor(self.picture(place)) + 1) / 2 for place in places])
+        return self.loaded(places)[1]
 
-    def batches(self, order: Iterator[list[Position]], workers: int) -> Generator[Tensor, None, None]:
-        """The hints of `groups`; threads make that many batches ahead. Close it to stop them."""
-        return ahead(order, self.of, workers)
+    def batches(
+        self, order: Iterator[list[Position]], source: Source, workers: int
+    ) -> Generator[tuple[list[Position], Tensor, Tensor], None, None]:
+        """(places, samples, their hints) of `groups`; threads make that many ahead. Close it to stop them."""
+        return ahead(order, lambda group: self._with_samples(group, source), workers)
+
+    def _with_samples(self, places: list[Position], source: Source) -> tuple[list[Position], Tensor, Tensor]:
+        """A picture is replaced together with its hint, whichever of the two cannot be read."""
+        while True:
+            places, hints = self.loaded(places)
+            with closing(source.batches(iter([places]))) as batch:
+                sound, clean = next(batch)
+            if sound == places:
+                return places, clean, hints
+            places = sound  # one was found to be unusable meanwhile

@@ -19,9 +19,9 @@ from sfumato.nn.clip import CLIPTextEncoder
 from sfumato.request import Request
 from sfumato.text import encode
 from sfumato.text.chunks import Chunk, chunked, empty_chunk
-from sfumato.text.emphasis import segments
+from sfumato.text.emphasis import Segments, segments
 from sfumato.text.tokenizer import Tokenizer
-from sfumato.training.data import CaptionRules, Dataset, Position
+from sfumato.training.data import CaptionRules, Dataset, Position, every_caption
 from sfumato.training.finetune.captions import blanked
 from sfumato.training.finetune.method import Base, trained_parameters
 from sfumato.training.settings_finetune import InversionConfig
@@ -71,8 +71,10 @@ class Inversion:
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
         """By the file that anybody would use, which it writes."""
         folder = str(self.write(self.base.config.out).parent)
+        height, width = self.base.size
         requests = [
-            Request(prompt=prompt, seed=seed, embedding_dir=folder) for seed, prompt in enumerate(prompts)
+            Request(prompt=prompt, seed=seed, embedding_dir=folder, width=width, height=height)
+            for seed, prompt in enumerate(prompts)
         ]
         return torch.cat([generate(self.base.model, request).samples for request in requests])
 
@@ -109,7 +111,7 @@ def spoken(
     Brackets are no weights in captions. vectors: of the word, for each tower (n, width).
     """
     config = base.model.config
-    texts = [segments(BRACKETS.sub(r"\\\1", caption or "")) for caption in captions]
+    texts = [_literal(caption or "") for caption in captions]
     contexts, pooled = [], None
     for part, tower in towers.items():
         own, length, pad = vectors[part], tower.config.max_position_embeddings, tower.config.pad_id
@@ -147,24 +149,47 @@ def placed(tower: CLIPTextEncoder, chunks: Sequence[Chunk], vectors: Tensor) -> 
         handle.remove()
 
 
-def with_word(rules: CaptionRules, options: InversionConfig, dataset: Dataset) -> CaptionRules:
+def with_word(
+    rules: CaptionRules,
+    options: InversionConfig,
+    prompt: str | None,
+    dataset: Dataset,
+    tokenizer: Tokenizer,
+) -> CaptionRules:
     """How captions say the word: in templates instead of what they are, or by themselves.
 
-    Raises `InputError` for captions that do not.
+    prompt: the caption of every picture, if there is one. Raises `InputError` for captions that do not hold
+    the word: nothing would be trained where a batch has no other.
     """
     templates, word = options.templates, options.word
+    remedy = "Write it into them, or leave out finetune.inversion.templates."
     if templates != "captions":
         chosen = TEMPLATES[templates] if isinstance(templates, str) else templates
-        return dataclasses.replace(rules, templates=chosen, word=word)
-    silent = [
-        text
-        for index in range(len(dataset))
-        for text in dataset.captions(index) or [""]
-        if word not in f"{rules.prefix}{text}{rules.suffix}"
-    ]
+        rules = dataclasses.replace(rules, templates=chosen, word=word)
+        remedy = "Let {} stand by itself in finetune.inversion.templates."
+    if prompt is not None:
+        said, remedy = [prompt], "Write it into finetune.prompt, or leave that out."
+    else:
+        # Without chance: what tags lose in training is put back by `with_word_kept`.
+        said = every_caption(dataset, dataclasses.replace(rules, shuffle=False, tag_dropout=0.0))
+    silent = [text for text in said if not says(tokenizer, word, text)]
     if silent:
-        raise InputError(
-            f"{len(silent)} captions do not hold the word {word!r}, first {silent[0]!r}",
-            "Write it into them, or leave out finetune.inversion.templates.",
-        )
+        raise InputError(f"{len(silent)} captions do not hold the word {word!r}, first {silent[0]!r}", remedy)
     return rules
+
+
+def with_word_kept(caption: str | None, word: str, separator: str, tokenizer: Tokenizer) -> str:
+    """A caption of which chance may have left out the word, or all: the word is always said."""
+    if not caption:
+        return word
+    return caption if says(tokenizer, word, caption) else f"{word}{separator.strip()} {caption}"
+
+
+def says(tokenizer: Tokenizer, word: str, text: str) -> bool:
+    """Whether a text holds the word as it is encoded: whole, in capitals or not."""
+    return any(chunk.placed for chunk in chunked(_literal(text), tokenizer, vectors={word: 1}))
+
+
+def _literal(caption: str) -> Segments:
+    """A caption's text, whose brackets are no weights."""
+    return segments(BRACKETS.sub(r"\\\1", caption))

@@ -24,6 +24,7 @@ class Lora(AsItIs):
         self.base = base
         self.captions = Captions(base.model, base.size, learned=options.text)
         self.factors: dict[tuple[str, str], Factors] = {}
+        modules: dict[str, nn.Module] = {}  # a network's changes by its name, for `optimizer.learning_rates`
         texts = {part: module for part, module in base.text_parts.items() if part != "bert"}
         if options.text and not texts:
             raise InputError(
@@ -35,10 +36,9 @@ class Lora(AsItIs):
                 f"{base.config.seed}/{part}",
             )  # fmt: skip
             self.factors |= {(part, name): factors for name, factors in made.items()}
-        named = {
-            f"{part}_{name}".replace(".", "_"): factors for (part, name), factors in self.factors.items()
-        }
-        self.modules: Mapping[str, nn.Module] = {"lora": nn.ModuleDict(named).train()}
+            named = {name.replace(".", "_"): factors for name, factors in made.items()}
+            modules[part] = nn.ModuleDict(named).train()
+        self.modules: Mapping[str, nn.Module] = modules
 
     def write(self, out: Path, tail: str = "") -> Path:
         """Kohya's dialect under the run's name, which is the one most programs read, and PEFT's beside it."""

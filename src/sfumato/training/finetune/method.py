@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sfumato.checkpoints.load import ModelFile, open_model
 from sfumato.conditioning import Conditioning
 from sfumato.model import EMBEDDED, StableDiffusion
+from sfumato.request import Request
 from sfumato.training.config import TrainingConfig
 from sfumato.training.settings_finetune import FinetuneConfig
 
@@ -37,6 +38,12 @@ class Base:
     def size(self) -> tuple[int, int]:
         """(height, width) of the pictures."""
         return self.config.data.shape
+
+    @property
+    def request(self) -> Request:
+        """What drawings ask for beside their prompts: the size that is trained, not the model's."""
+        height, width = self.size
+        return Request(width=width, height=height)
 
     @property
     def text_parts(self) -> dict[str, nn.Module]:
@@ -91,7 +98,7 @@ class Method(Protocol):
         ...
 
     def draw(self, prompts: Sequence[str], hints: Tensor | None) -> Tensor:
-        """Pictures (n, c, h, w), about -1..1, the i-th with seed i."""
+        """Pictures (n, c, h, w), about -1..1, the i-th with seed i, of the size that is trained."""
         ...
 
     def write(self, out: Path, tail: str = "") -> Path:

@@ -15,14 +15,25 @@ from sfumato.checkpoints.load import open_model
 from sfumato.errors import InputError
 from sfumato.model import EMBEDDED, StableDiffusion
 from sfumato.runtime import channels_last, training_attention
+from sfumato.text.tokenizer import Tokenizer
 from sfumato.training import objective
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import WHOLE, Dataset, Position, Share, caption, caption_rules, groups
+from sfumato.training.data import (
+    WHOLE,
+    CaptionRules,
+    Dataset,
+    Placed,
+    Position,
+    Share,
+    caption,
+    caption_rules,
+    groups,
+)
 from sfumato.training.finetune.captions import check_conditions, sized
 from sfumato.training.finetune.controlnet import Control
 from sfumato.training.finetune.full import Full
 from sfumato.training.finetune.hints import Hints
-from sfumato.training.finetune.inversion import Inversion, with_word
+from sfumato.training.finetune.inversion import Inversion, with_word, with_word_kept
 from sfumato.training.finetune.lora import Lora
 from sfumato.training.finetune.method import DTYPES, Base, Method
 from sfumato.training.finetune.prior import prior_dataset
@@ -32,6 +43,8 @@ from sfumato.training.settings_finetune import FinetuneConfig
 from sfumato.training.sheets import save_sheet
 
 EVALUATED = 128  # held-out samples that a score is the mean of
+TIMESTEPS = 4  # at which each is scored where there are few, one in every range
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples lie evenly in 0..1, however many
 TOGETHER = 16  # of them in a network call
 SHOWN = 8  # pictures on a sheet where the recipe has no prompts
 METHODS: Mapping[str, Callable[[Base], Method]] = {
@@ -82,14 +95,22 @@ class FinetuneTask:
         objective.check(self.objective, self.schedule)
         check_conditions(base.model, [*options.prompts, options.prompt or ""])
 
-        if options.prior is not None and options.method not in ("full", "lora"):
-            raise InputError(
-                f"finetune.prior keeps what a class looks like; {options.method} does not change the model",
-                "Leave it out.",
-            )
+        self.of_class = _share_of_class(config, dataset)
+        _check(options, self.of_class > 0)
+
+        # What pictures are called.
+        self.rules = caption_rules(config.data.captions)
+        self.kept: Callable[[str | None], str | None] = lambda text: text
+        tokenizer, inversion = base.model.tokenizer, options.inversion
+        if options.method == "textual_inversion" and inversion and isinstance(tokenizer, Tokenizer):
+            self.rules = with_word(self.rules, inversion, options.prompt, dataset, tokenizer)
+            separator = self.rules.separator
+            self.kept = lambda text: with_word_kept(text, inversion.word, separator, tokenizer)
 
         # Data, with the model as it is: class pictures are drawn, and all are encoded, before it changes.
-        prior = None if options.prior is None else prior_dataset(base, options.prior, progress)
+        prior = None
+        if options.prior is not None and not self.of_class:
+            prior = prior_dataset(base, options.prior, progress)
         self.hints = None
         if options.method == "controlnet" and options.control is not None:
             self.hints = Hints(dataset, options.control), Hints(held_out, options.control)
@@ -102,10 +123,7 @@ class FinetuneTask:
             pieces.append(options.control.start_from)
         self.digest = hashlib.sha256(" ".join(pieces).encode()).hexdigest()
 
-        # What is trained, and what pictures are called.
-        self.rules = caption_rules(config.data.captions)
-        if options.method == "textual_inversion" and options.inversion is not None:
-            self.rules = with_word(self.rules, options.inversion, dataset)
+        # What is trained.
         self._settle()
         self.method = METHODS[options.method](base)
         self.modules: Mapping[str, nn.Module] = self.method.modules
@@ -116,29 +134,28 @@ class FinetuneTask:
 
     def batches(self, seen: int, size: int, share: Share = WHOLE) -> Generator[Batch, None, None]:
         seed, workers = self.config.seed, self.config.data.workers
-
-        def order() -> Iterator[list[Position]]:
-            return groups(self.dataset, seed, seen, size, share)
-
-        pictures = self.source.batches(order())
-        hints = None if self.hints is None else self.hints[0].batches(order(), workers)
+        order = groups(self.dataset, seed, seen, size, share)
+        if self.hints is None:
+            pictures = self.source.batches(order)
+        else:
+            pictures = self.hints[0].batches(order, self.source, workers)
         prior = None
         if self.prior is not None:
             prior = self.prior[1].batches(groups(self.prior[0], seed + OTHER_NOISE, seen, size, share))
         try:
-            for places, clean in pictures:
-                own = Samples(self.dataset, places, clean, None if hints is None else next(hints))
+            for places, clean, *hints in pictures:
+                own = Samples(self.dataset, places, clean, *hints)
                 yield Batch(own, None if prior is None else self._prior_samples(prior))
         finally:
-            for running in (pictures, hints, prior):
+            for running in (pictures, prior):
                 if running is not None:
                     running.close()
 
     def losses(self, batch: Batch, seen: int) -> Iterator[Loss]:
         captions = [self._caption(place) for place in batch.pictures.order]
         with training_attention(self.device):  # in the backward pass too, which may run the network again
-            loss = self._losses(batch.pictures, captions).mean()
-            yield self.options.method, loss, {"loss": loss}
+            each = self._losses(batch.pictures, captions)
+            yield self.options.method, *self._weighed(each, batch.pictures.order)
         if batch.prior is not None and self.options.prior is not None:
             with training_attention(self.device):
                 same = [self.options.prior.prompt] * len(batch.prior.order)
@@ -146,16 +163,21 @@ class FinetuneTask:
                 yield self.options.method, self.options.prior.weight * loss, {"prior_loss": loss}
 
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss without weights, with fixed noise and first captions."""
+        """Held-out loss without weights, over all timesteps and in ranges; noise and captions are fixed."""
         count = min(EVALUATED, len(self.held_out))
-        found: list[Tensor] = []
-        for start in range(0, count, TOGETHER):
-            indices = [i * (len(self.held_out) // count) for i in range(start, min(start + TOGETHER, count))]
-            places = self._places(indices)
-            hints = None if self.hints is None else self.hints[1].of(places)
-            samples = Samples(self.held_out, places, self.held_out_source.fixed(indices), hints)
-            found.append(self._errors(samples, self._first_captions(places), objective.errors))
-        return {"held_out_loss": float(torch.cat(found).mean())}
+        stride, rounds = len(self.held_out) // count, max(1, min(TIMESTEPS, EVALUATED // count))
+        first, last = self.objective.timestep_range or (0, self.schedule.num_timesteps - 1)
+        found, times = [], []
+        for start in range(0, count * rounds, TOGETHER):
+            numbers = range(start, min(start + TOGETHER, count * rounds))
+            shares = [(number // count + number * GOLDEN % 1) / rounds for number in numbers]
+            t = [first + int(share * (last - first + 1)) for share in shares]
+            places, hints = self._shown([(number, number % count * stride) for number in numbers])
+            clean = self.held_out_source.fixed([place.index for place in places])
+            samples, called = Samples(self.held_out, places, clean, hints), self._first_captions(places)
+            times.append(torch.tensor(t))
+            found.append(self._errors(samples, called, objective.errors, times[-1]))
+        return objective.held_out_scores(torch.cat(found), torch.cat(times), self.schedule)
 
     def preview(self, path: Path) -> None:
         """A sheet of the recipe's prompts, or of held-out captions, at seeds 0, 1, ...
@@ -167,8 +189,8 @@ class FinetuneTask:
         shown = [
             i * stride % len(self.held_out) for i in range(len(prompts) or min(SHOWN, len(self.held_out)))
         ]
-        prompts = prompts or self._first_captions(self._places(shown))
-        hints = None if self.hints is None else self.hints[1].of(self._places(shown))
+        places, hints = self._shown([(index, index) for index in shown])
+        prompts = prompts or self._first_captions(places)
         drawings = self.method.draw(prompts, hints).cpu()
         columns = min(8, len(prompts))
         if hints is not None:
@@ -185,17 +207,39 @@ class FinetuneTask:
         return self._errors(samples, captions, objective.losses)
 
     def _errors(
-        self, samples: Samples, captions: list[str | None] | list[str], error: Callable[..., Tensor]
+        self,
+        samples: Samples,
+        captions: list[str | None] | list[str],
+        error: Callable[..., Tensor],
+        t: Tensor | None = None,
     ) -> Tensor:
-        """What `error` makes of the answers for these samples, (b,) float32."""
+        """What `error` makes of the answers for these samples, (b,) float32. t: timesteps, else drawn."""
         clean = samples.clean.to(self.device)
         chance = objective.drawn_batch(self.objective, self.schedule, samples.order, clean.shape[1:])
-        chance = chance.to(self.device)
+        chance = (chance if t is None else chance._replace(t=t)).to(self.device)
         shown = objective.noised(self.schedule, clean, chance)
         hints = None if samples.hints is None else samples.hints.to(self.device)
         cond = sized(self.model, self.method.condition(captions), samples.dataset, samples.order)
         raw = self.method.network(shown, chance.t, cond, hints)
         return error(self.objective, self.schedule, raw, clean, chance)
+
+    def _weighed(self, losses: Tensor, places: Sequence[Position]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of a batch, and what is told of it.
+
+        Pictures of the class among `data.folders` count `prior.weight` times. They are told apart, each kind
+        divided by its share of an epoch, not of the batch: the mean over many batches is that of the kind.
+        """
+        if not self.of_class:
+            return losses.mean(), {"loss": losses.mean()}
+        weight = 1.0 if self.options.prior is None else self.options.prior.weight
+        kept = torch.tensor([self._of_class(self.dataset, place) for place in places], device=losses.device)
+        shares = {"loss": (~kept, 1 - self.of_class), "prior_loss": (kept, self.of_class)}
+        told = {name: (losses * which).mean() / share for name, (which, share) in shares.items() if share}
+        return torch.where(kept, weight * losses, losses).mean(), told
+
+    def _of_class(self, dataset: Dataset, place: Position) -> bool:
+        """Whether it is a picture of the class, of a folder with `prior = true`."""
+        return self.of_class > 0 and isinstance(dataset, Placed) and dataset.prior(place.index)
 
     def _prior_samples(self, batches: Iterator[tuple[list[Position], Tensor]]) -> Samples:
         assert self.prior is not None
@@ -205,21 +249,32 @@ class FinetuneTask:
         """What a sample is called, or None where that is left out."""
         generator = place.generator("caption dropout")
         if float(torch.rand((), generator=generator)) < self.options.caption_dropout:
-            return None
-        return (
-            caption(self.dataset, place, self.rules) if self.options.prompt is None else self.options.prompt
-        )
+            return self.kept(None)
+        return self.kept(self._called(self.dataset, place, self.rules))
 
     def _first_captions(self, places: Sequence[Position]) -> list[str]:
         """What held-out pictures are called."""
-        if self.options.prompt is not None:
-            return [self.options.prompt] * len(places)
         rules = dataclasses.replace(self.rules, choose="first", shuffle=False, tag_dropout=0.0)
-        return [caption(self.held_out, place, rules) for place in places]
+        return [self._called(self.held_out, place, rules) for place in places]
 
-    def _places(self, indices: Sequence[int]) -> list[Position]:
-        """Places of held-out pictures, the same each time."""
-        return [Position(self.config.seed, -1, index, index) for index in indices]
+    def _called(self, dataset: Dataset, place: Position, rules: CaptionRules) -> str:
+        """The caption of a picture. `finetune.prompt` is no caption of the class's pictures."""
+        prior = self.options.prior
+        if self._of_class(dataset, place):
+            if prior is not None and not any(dataset.captions(place.index)):
+                return prior.prompt
+        elif self.options.prompt is not None:
+            return self.options.prompt
+        return caption(dataset, place, rules)
+
+    def _shown(self, numbered: Sequence[tuple[int, int]]) -> tuple[list[Position], Tensor | None]:
+        """Places of held-out pictures of (number, index), the same each time; and their hints."""
+        places = [Position(self.config.seed, -1, number, index) for number, index in numbered]
+        if self.hints is not None:
+            return self.hints[1].loaded(places)
+        if isinstance(self.held_out, Placed):
+            places = [self.held_out.sound(place) for place in places]
+        return places, None
 
     def _source(self, dataset: Dataset, name: str, progress: Progress) -> Source:
         model = self.model
@@ -228,6 +283,7 @@ class FinetuneTask:
         return CachedLatents(
             dataset, model.autoencoder, model.latent_scale, model.latent_shape(*self.config.data.shape),
             self.config.out / f"latents-{name}.safetensors", self.base.file.identity, progress,
+            workers=self.config.data.workers,
         )  # fmt: skip
 
     def _settle(self) -> None:
@@ -262,6 +318,28 @@ def _opened(config: TrainingConfig, options: FinetuneConfig, device: torch.devic
         channels_last(unet)
     unet.gradient_checkpointing = config.loop.gradient_checkpointing
     return Base(config, options, file, model, torch.compile(unet) if config.loop.compile else unet)
+
+
+def _check(options: FinetuneConfig, of_class: bool) -> None:
+    """`InputError` for what a method has no use for. of_class: pictures of a class are among the data."""
+    if options.text and options.method != "full":
+        raise InputError(
+            f'finetune.text trains the text encoders with method = "full"; this one is {options.method!r}',
+            "Set finetune.lora.text instead." if options.method == "lora" else "Leave it out.",
+        )
+    if (options.prior is not None or of_class) and options.method not in ("full", "lora"):
+        name = "finetune.prior" if options.prior is not None else "prior = true of data.folders"
+        raise InputError(
+            f"{name} keeps what a class looks like; {options.method} does not change the model",
+            "Leave it out.",
+        )
+
+
+def _share_of_class(config: TrainingConfig, dataset: Dataset) -> float:
+    """The share of an epoch that pictures of the class have, of folders with `prior = true`."""
+    if not isinstance(dataset, Placed) or not any(folder.prior for folder in config.data.folders):
+        return 0.0
+    return sum(map(dataset.prior, dataset.order)) / len(dataset.order)
 
 
 def _filled(row: Tensor, columns: int) -> Tensor:
