@@ -1,4 +1,4 @@
-"""The commands in the project's documents: how tests find them, and run them with a little more behind them."""
+"""The commands in the project's documents: how tests find them, and run them with more options behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command of the documents runs as it stands, on stand-ins, with its budget cut by options behind it."""
+"""Every command of the documents runs as it stands, on stand-ins, its budget cut by options behind it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import runpy
 import shlex
 import shutil
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +26,19 @@ from sfumato.checkpoints.controls.adapters_layouts import ip_pairs, vision_pairs
 from sfumato.checkpoints.controls.layouts import control_pairs
 from sfumato.checkpoints.files import write_tensors
 from sfumato.checkpoints.layouts.tables import to_foreign
+from sfumato.checkpoints.load import load_file
 from sfumato.checkpoints.save import save_file
+from sfumato.data.pictures import Row, Split
 from sfumato.data.shards import encode, write_rows, write_shards
-from sfumato.model import StableDiffusion
+from sfumato.model import EMBEDDED, StableDiffusion
 from sfumato.nn.attention import CrossAttention
 from sfumato.nn.autoencoder import AutoencoderConfig, AutoencoderKL
 from sfumato.nn.clip_vision import CLIPVisionConfig, CLIPVisionEncoder
 from sfumato.nn.controlnet import ControlNet, ControlNetConfig
 from sfumato.nn.esrgan import CompactConfig, CompactNet, RRDBConfig, RRDBNet
 from sfumato.nn.ip_adapter import IPAdapter, IPAdapterConfig, image_layers
-from sfumato.presets import ModelConfig
+from sfumato.presets import PARTS, ModelConfig
+from sfumato.training.settings_data import DataConfig
 
 REPRODUCTION = "examples/reproduction/README"
 PAGES = [
@@ -90,6 +94,14 @@ def photo(path: str, side: int = 64, mode: str = "RGB") -> None:
     picture.save(path)
 
 
+def hasty(path: str) -> None:
+    """The embedded model, but for drawing in two steps, as the previews of training do."""
+    model = load_file(EMBEDDED, torch.float16)
+    config = replace(model.config, defaults={**model.config.defaults, "steps": 2})
+    parts = [part for part in PARTS if getattr(config, part) is not None]
+    save_file(Path(path), config, {part: model.module(part).state_dict() for part in parts}, torch.float16)
+
+
 def captioned(folder: str) -> None:
     """Eight pictures with captions."""
     for index in range(8):
@@ -115,10 +127,11 @@ def illustrations(root: Path) -> None:
     picture = Image.new("RGBA", (64, 64))
     picture.paste((200, 60, 90, 255), (16, 16, 48, 48))
 
-    def row(key: str, split: str, kind: str, caption: str, **attributes: str) -> dict[str, object]:
-        layers = [{"picture": "disc", "box": [0.0, 0.0, 1.0, 1.0]}]
-        return {"id": key, "captions": [caption], "split": split, "kind": kind, "layers": layers,
-                "background": [255, 255, 255], "attributes": attributes}  # fmt: skip
+    def row(key: str, split: Split, kind: str, caption: str, **attributes: str) -> Row:
+        return {
+            "id": key, "captions": [caption], "split": split, "kind": kind, "background": [255, 255, 255],
+            "layers": [{"picture": "disc", "box": [0.0, 0.0, 1.0, 1.0]}], "attributes": attributes,
+        }  # fmt: skip
 
     rows = [
         row(f"drawing-{index}", "train", "drawing", f"a noto drawing of a {name}", object=name, style="noto",
@@ -162,9 +175,11 @@ def test_fine_tuning(
         else:
             run(command, capsys)
     assert build == [Path("data/illustrations")]
+    hasty("hasty.safetensors")
     for command in group("fine-tuning"):
         more = ["--finetune.prior.images=2"] if "dreambooth" in command else []
-        run(command, capsys, *TRAINING, *FEW, "--finetune.prompts=['pim']", *more)
+        more += ["--finetune.model=hasty.safetensors", "--finetune.prompts=['pim']"]
+        run(command, capsys, *TRAINING, *FEW, *more)
     for command in group("what was fine-tuned"):
         run(command, capsys, "--steps=2")
     assert len(list(clone.glob("*.png"))) == 3
@@ -189,9 +204,9 @@ def test_the_example(name: str, clone: Path, monkeypatch: pytest.MonkeyPatch, ca
         if program == "sfumato":
             run(command, capsys)
             continue
-        folder = next(each for each in arguments if each.startswith("--dataset_path=")).partition("=")[2]
-        for index in range(3):
-            photo(f"{folder}/{index}.png", 8 + index)
+        for folder in (each.partition("=")[2] for each in arguments if each.startswith("--dataset_path=")):
+            for index in range(3):
+                photo(f"{folder}/{index}.png", 8 + index)
         monkeypatch.setattr(sys, "argv", [*arguments, *NOTES])
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(arguments[0], run_name="__main__")
@@ -215,7 +230,7 @@ def folder_of_ones_own(clone: Path) -> Path:
 
 
 def diffused(words: list[str], capsys: Capture) -> None:
-    """Run `train` and a recipe of a denoiser, with its networks and batches made small, from the beginning."""
+    """Run `train` and a denoiser's recipe from the beginning, with its networks and batches made small."""
     shutil.rmtree("runs/folder/diffusion", ignore_errors=True)
     more = [*TRAINING, *SMALL_UNET, "--loop.images=16", "--loop.batch=8"]
     run(shlex.join(["sfumato", *words]), capsys, *more)
@@ -395,13 +410,43 @@ def test_benchmarks(parsed: Callable[[str], argparse.Namespace]) -> None:
         assert parsed(command).work == Path("/tmp/released")
 
 
+# Examples in Python, and keys of recipes
+
+
+@pytest.mark.parametrize("where", ["docs/data.md", "docs/recipes.md"])
+def test_python_examples(where: str, clone: Path) -> None:
+    illustrations(Path("data/illustrations"))
+    scope: dict[str, object] = {}
+    for block in documents.blocks(documents.page(where), "python"):
+        exec(compile(block, where, "exec"), scope)  # the pages are ours
+
+
+@pytest.mark.parametrize("where", [page for page in PAGES if "```python\n" in documents.page(page)])
+def test_what_python_examples_import(where: str) -> None:
+    for block in documents.blocks(documents.page(where), "python"):
+        code = re.sub(r"^(>>> |\.\.\. )", "", block, flags=re.MULTILINE) if ">>> " in block else block
+        lines = [line for line in code.splitlines() if re.match(r"(from|import) ", line)]
+        exec(compile("\n".join(lines), where, "exec"), {})
+        if code is block:
+            compile(block, where, "exec")
+
+
+def test_keys_of_recipes() -> None:
+    for block in documents.blocks(documents.page("docs/training-data.md"), "toml"):
+        tables = tomllib.loads(block)
+        assert tables.keys() == {"data"}, "read here by the table of pictures alone"
+        DataConfig.model_validate({"path": "pictures", **tables["data"]})
+
+
 # All of them
 
 
 def test_no_command_is_forgotten() -> None:
     """Every line of every block of commands belongs to one group, and such lines stand in no other block."""
     for where in PAGES:
-        for language, content in BLOCK.findall(documents.page(where)):
+        found = BLOCK.findall(documents.page(where))
+        assert documents.page(where).count("```") == 2 * len(found), where
+        for language, content in found:
             for line in filter(None, content.splitlines()):
                 groups = [
                     name

@@ -92,3 +92,10 @@ def test_linked_files_exist():
     prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
     for target in re.findall(r"\]\((?!https?://)([^)#]+)\)", prose):
         assert (ROOT / target).exists(), target
+
+
+def test_the_chinese_page_has_the_same_commands_and_examples():
+    chinese = documents.page("README.zh.md")
+    for language in ("bash", "python"):
+        assert documents.blocks(chinese, language) == documents.blocks(README, language)
+    assert re.findall(r"\]\((docs/[^)]*)\)", chinese) == re.findall(r"\]\((docs/[^)]*)\)", README)
