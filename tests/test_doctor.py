@@ -22,8 +22,10 @@ from sfumato.doctor import (
     predicted,
     prediction,
     scale,
+    suited,
     terminal,
     timesteps,
+    under,
     weights,
 )
 from sfumato.errors import InputError
@@ -112,6 +114,31 @@ def test_the_embedded_model_is_well_and_lies_are_found() -> None:
     )
     faults = [finding.found for finding in examine(liar) if finding.level == "fault"]
     assert len(faults) == 2 and "predicts v, not eps" in faults[0] and "Stable Diffusion's" in faults[1]
+
+
+@pytest.mark.parametrize("kind", ["eps", "x0", "v"])
+def test_another_scale_is_named(kind: str) -> None:
+    """The scale is that of what a network learned, whatever the latents deviate by."""
+    own = Schedule(SCHEDULES[THREE[0]])
+    raw = ideal(kind, own)
+    assert suited(raw, own, SIGNS, kind, 1.0).level == "good"
+    for factor in (0.5, 0.715, 1.4, 1.9):
+        found = suited(raw, own, factor * SIGNS, kind, factor)
+        assert found.level == "fault"
+        suits = float(found.remedy.partition("about ")[2].split()[0])
+        assert 0.8 < suits < 1.25
+
+
+def test_the_embedded_model_at_other_scales() -> None:
+    model = sfumato.load()
+    latents = model.encode_image(drawings(model)).float()
+    raw = under(model, latents)
+
+    def level(factor: float) -> str:
+        return suited(raw, model.schedule, factor * latents, "v", factor * model.latent_scale).level
+
+    assert level(1) == "good" and level(0.715) != "good"
+    assert [level(factor) for factor in (0.5, 1.25, 1.4, 1.9)] == ["fault"] * 4
 
 
 def test_models_of_other_kinds(tiny_class_model: StableDiffusion, pixel_model: StableDiffusion) -> None:

@@ -1,9 +1,10 @@
-"""Damages the newest state of a finished run in 60 ways: is an older, whole one used each time, and named?
+"""Damages the newest of two states in every kind of way: is the older, whole one used each time, and named?
 
-A tiny run is trained; its newest state is then flipped, cut, swapped, emptied and misnamed, one damage at a
-time, and the run is asked what it would go on from. So is a state that two processes wrote.
+The states hold made-up tensors and are written as a run writes them, by one process and as two would. The
+newest is cut, flipped, swapped, emptied, edited and misnamed, one damage at a time (`kinds`), then by a bit
+at random places until there are `--count` damages; each time it is asked what a run would go on from.
 
-Run: python benchmarks/soak/damage.py --count 60 --out benchmarks/soak/results/damage.json
+Run: python benchmarks/soak/damage.py --count 120 --out benchmarks/soak/results/damage.json
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
+from sfumato.checkpoints.files import read_tensors, sha256, write_tensors
 from sfumato.errors import CheckpointError
 from sfumato.training.state import INDEX, State, latest_state, save_state, signed
 
@@ -63,9 +65,36 @@ def of_another_state(path: Path) -> None:
     shutil.copyfile(path.parent.parent / f"{OLDER:012d}" / path.name, path)
 
 
-def damages(names: list[str], chance: random.Random) -> Iterator[tuple[str, Damage]]:
-    """Endless (what, damage); the first ones are each of another kind. names: the files of a state."""
+def without(path: Path, key: str) -> None:
+    """An index that lacks something, signed as if we had written it."""
+    index = json.loads(path.read_text(encoding="utf-8"))
+    del index[key]
+    path.write_text(json.dumps(index if key == "index_sha256" else signed(index)), encoding="utf-8")
+
+
+def other_tensors(path: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    """A sound file of other tensors, whose digest the index does not have."""
+    tensors = dict(read_tensors(path)[0])
+    change(tensors)
+    write_tensors(path, tensors, {})
+
+
+def linked(path: Path, target: str) -> None:
+    path.unlink()
+    path.symlink_to(target)
+
+
+def kinds(names: list[str]) -> Iterator[tuple[str, Damage]]:
+    """(what, damage), each of another kind. names: the files of a state."""
     tensors = [name for name in names if name != INDEX]
+    digests = "sha256" if len(tensors) == 1 else "files"
+    changes: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
+        "a tensor is missing": lambda found: found.pop("moment"),
+        "a tensor more": lambda found: found.update(more=torch.ones(1)),
+        "another shape": lambda found: found.update(weight=found["weight"].flatten()),
+        "another type": lambda found: found.update(weight=found["weight"].half()),
+        "another value": lambda found: found["weight"].add_(1),
+    }
     for name in names:
         yield f"{name}: missing", lambda folder, name=name: (folder / name).unlink()
         yield f"{name}: empty", lambda folder, name=name: cut(folder / name, 0)
@@ -74,7 +103,13 @@ def damages(names: list[str], chance: random.Random) -> Iterator[tuple[str, Dama
             lambda folder, name=name: ((folder / name).unlink(), (folder / name).mkdir()),
         )
         yield f"{name}: of another state", lambda folder, name=name: of_another_state(folder / name)
-        yield f"{name}: a link to nothing", lambda folder, name=name: dangling(folder / name)
+        yield f"{name}: a link to nothing", lambda folder, name=name: linked(folder / name, "nowhere")
+        yield f"{name}: a link to itself", lambda folder, name=name: linked(folder / name, name)
+        other = names[names.index(name) - 1]
+        yield (
+            f"{name}: what {other} has",
+            lambda folder, name=name, other=other: shutil.copyfile(folder / other, folder / name),
+        )
         yield f"{name}: text after its end", lambda folder, name=name: grown(folder / name, b" {}")
         yield f"{name}: zeros after its end", lambda folder, name=name: grown(folder / name, bytes(4096))
         for share in (0.1, 0.5, 0.99):
@@ -82,6 +117,14 @@ def damages(names: list[str], chance: random.Random) -> Iterator[tuple[str, Dama
         for place in (0.0, 0.05, 0.3, 0.6, 1.0):
             yield f"{name}: a bit at {place}", lambda folder, n=name, p=place: flipped(folder / n, p)
         yield f"{name}: 64 zeros", lambda folder, name=name: zeroed(folder / name, 0.4, 64)
+    for name in tensors:
+        for what, change in changes.items():
+            yield f"{name}: {what}", lambda folder, n=name, c=change: other_tensors(folder / n, c)
+    for key in ("seen", "fingerprint", digests, "index_sha256"):
+        yield f"{INDEX}: {key} is missing", lambda folder, key=key: without(folder / INDEX, key)
+    wrong = "0" * 64 if digests == "sha256" else dict.fromkeys(tensors, "0" * 64)
+    yield f"{INDEX}: other digests", lambda folder: edited(folder / INDEX, digests, wrong, True)
+    yield f"{INDEX}: in UTF-16", lambda folder: recoded(folder / INDEX)
     for key, value in (
         ("seen", NEWER + 1), ("seen", str(NEWER)), ("seen", None), ("fingerprint", []), ("sha256", None),
         ("files", {"../x": "0"}), ("files", []), ("sharded", 1),
@@ -97,14 +140,17 @@ def damages(names: list[str], chance: random.Random) -> Iterator[tuple[str, Dama
         yield f"{INDEX}: is {text[:12]!r}", lambda folder, text=text: (folder / INDEX).write_text(text)
     yield "an empty folder", lambda folder: (shutil.rmtree(folder), folder.mkdir())
     yield "a name of another image", lambda folder: folder.rename(folder.with_name(f"{NEWER + 5:012d}"))
+
+
+def flips(names: list[str], chance: random.Random) -> Iterator[tuple[str, Damage]]:
+    """Endless (what, damage): one bit at a random place of a file."""
     while True:
         name, place = chance.choice(names), chance.random()
         yield f"{name}: a bit at {place:.3f}", lambda folder, n=name, p=place: flipped(folder / n, p)
 
 
-def dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
+def recoded(path: Path) -> None:
+    path.write_text(path.read_text(encoding="utf-8"), encoding="utf-16")
 
 
 def survives(root: Path, damage: Damage) -> str:
@@ -133,8 +179,6 @@ def whole_states(root: Path) -> None:
 
 def in_two_files(root: Path) -> None:
     """As two processes would have written the states: each the half of the rows."""
-    from sfumato.checkpoints.files import read_tensors, sha256, write_tensors
-
     whole_states(root)
     for folder in root.iterdir():
         tensors, _ = read_tensors(folder / "tensors.safetensors")
@@ -153,34 +197,40 @@ def in_two_files(root: Path) -> None:
         (folder / "tensors.safetensors").unlink()
 
 
-def soak(count: int, processes: int, seed: int) -> dict[str, str]:
-    """What is wrong after each of `count` damages to a state of 1 or 2 processes."""
+def soak(count: int, processes: int, seed: int) -> tuple[int, dict[str, str]]:
+    """(number of kinds, what is wrong after each of `count` damages) of a state of 1 or 2 processes.
+
+    Of every kind there is one, even if that makes more.
+    """
     with tempfile.TemporaryDirectory() as temporary:
         model = Path(temporary) / "whole"
         (whole_states if processes == 1 else in_two_files)(model)
         names = sorted(path.name for path in (model / f"{NEWER:012d}").iterdir())
         wrong = {}
         chance = random.Random(seed)  # noqa: S311 - places of damages, no secrets
-        for number, (what, damage) in enumerate(islice(damages(names, chance), count)):
+        each = list(kinds(names))
+        more = islice(flips(names, chance), max(0, count - len(each)))
+        for number, (what, damage) in enumerate(chain(each, more)):
             root = Path(temporary) / str(number)
             shutil.copytree(model, root)
             wrong[f"{number}: {what}"] = survives(root, damage)
             shutil.rmtree(root)
-        return wrong
+        return len(each), wrong
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--count", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     result = {}
     failed = {}
     for processes in (1, 2):
-        wrong = soak(options.count, processes, options.seed)
+        different, wrong = soak(options.count, processes, options.seed)
         failed |= {f"{processes} processes, {what}": told for what, told in wrong.items() if told}
         result[f"{processes} processes"] = {
+            "kinds": different,
             "damages": len(wrong),
             "an older state is used": list(wrong.values()).count(""),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -13,13 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from sfumato.checkpoints.files import read_tensors
 from sfumato.errors import InputError, ResourceError
+from sfumato.nn.clip import CLIPTextConfig, CLIPTextEncoder
 from sfumato.training import distributed as module
 from sfumato.training import sharding
 from sfumato.training.distributed import ALONE, Processes, check_batch, joined
+from sfumato.training.settings_loop import OptimizerConfig
 from sfumato.training.sharding import rows
 from sfumato.training.state import INDEX, latest_state
 
@@ -217,6 +220,41 @@ def test_rows_are_dealt_out_as_torch_does() -> None:
             dealt = [rows(size, rank, world) for rank in range(world)]
             assert [end - begin for begin, end in dealt][: len(chunks)] == [len(chunk) for chunk in chunks]
             assert dealt[-1][1] == size and all(begin == end for begin, end in dealt[len(chunks) :])
+
+
+@pytest.mark.parametrize("index", [-1, -2])
+def test_a_sharded_text_encoder_gives_what_is_read_of_it_afterwards(index: int) -> None:
+    """The norm of an inner layer is called when the encoder's own call has ended; unused layers stay so."""
+    config = CLIPTextConfig(
+        vocab_size=20, hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=1,
+        max_position_embeddings=4, eos_token_id=19,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    whole = CLIPTextEncoder(config)
+    sharded = copy.deepcopy(whole)
+    tokens = torch.tensor([[1, 5, 19, 19]])
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        sharding.shard({"text": sharded}, torch.device("cpu"), 1, OptimizerConfig())
+        assert all(sharding.is_sharded(parameter) for parameter in sharded.parameters())
+        for network in (whole, sharded):
+            network.hidden_state(network(tokens), index, normed=True).square().sum().backward()
+        for (name, a), b in zip(whole.named_parameters(), sharded.parameters(), strict=True):
+            assert (a.grad is None) == (b.grad is None), name
+            if a.grad is not None and b.grad is not None:
+                assert torch.allclose(a.grad, sharding.whole(b.grad), atol=1e-6), name
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "held", [nn.ModuleDict({"a": nn.Linear(2, 2)}), nn.ParameterDict({"a": torch.ones(2)})]
+)
+def test_small_weights_beside_a_network_are_not_sharded(held: nn.Module) -> None:
+    """As LoRA's changes and a word's vectors are."""
+    with pytest.raises(InputError, match="small weights beside a network") as raised:
+        sharding.shard({"lora": held}, torch.device("cpu"), 2, OptimizerConfig())
+    assert 'loop.parallel = "ddp"' in raised.value.hint
 
 
 def test_alone_nothing_is_exchanged() -> None:

@@ -1,7 +1,8 @@
 """What a run will take, before it is begun: memory by what needs it, seconds a step, the whole of it.
 
-Two small batches tell what a picture adds to the activations, which are what the backward pass keeps; the
-rest is counted. Then steps are taken and timed, and nothing of them is kept.
+Weights and what training keeps of each are counted before any of it is allocated. Then two small batches tell
+what a picture adds to the activations, which are what the backward pass keeps; steps are taken and timed, and
+nothing of them is kept.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from PIL import Image
 
+from sfumato.errors import DataError, InputError
 from sfumato.runtime import resolve_device
 from sfumato.training.config import TrainingConfig
-from sfumato.training.data import Dataset
+from sfumato.training.data import Dataset, Placed, Position
 from sfumato.training.finetune.memory import Saved
 from sfumato.training.loop import autocast_of
 from sfumato.training.optimizers import make_optimizers
@@ -31,6 +34,9 @@ FEW = 16  # pictures that are opened and encoded
 STEPS = 3  # timed, of which the fastest counts: the first ones warm up
 MARGIN = 1.1  # on what is counted: workspace of kernels, fragments
 GIB = 2**30
+GROUPS = Path("/sys/fs/cgroup")
+# Limit and use of a control group's memory, in version 2 and in version 1 of their file system.
+USES = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 STATE = {"adamw": 8.0, "lion": 4.0, "sgd": 4.0, "adam8bit": 2.03}  # bytes a weight, in float32
 
 
@@ -39,8 +45,9 @@ class Plan:
     """What a run takes.
 
     parameters, trained: numbers of weights. weights, gradients, optimizer, averages, activations: bytes, the
-    last for a whole batch. available: bytes that are free now. seconds: of an optimizer's step; None where a
-    batch does not fit. encoding: seconds until all pictures are encoded, 0 where there is nothing to.
+    last for a whole batch, None where the others alone do not fit. available: bytes that were free before.
+    seconds: of an optimizer's step; None where a batch does not fit. encoding: seconds until all pictures are
+    encoded, 0 where there is nothing to; pictures of a class (`finetune.prior`) are not counted.
     """
 
     parameters: int
@@ -49,7 +56,7 @@ class Plan:
     gradients: int
     optimizer: int
     averages: int
-    activations: int
+    activations: int | None
     available: int
     seconds: float | None
     steps: int
@@ -59,7 +66,7 @@ class Plan:
     def memory(self) -> int:
         """Bytes that a step takes at its peak."""
         kept = self.weights + self.gradients + self.optimizer + self.averages
-        return round(kept + MARGIN * self.activations)
+        return round(kept + MARGIN * (self.activations or 0))
 
     @property
     def fits(self) -> bool:
@@ -76,8 +83,13 @@ class Plan:
         yield f"gradients     {self.gradients / GIB:8.3f} GiB"
         yield f"optimizer     {self.optimizer / GIB:8.3f} GiB"
         yield f"averages      {self.averages / GIB:8.3f} GiB"
-        yield f"activations   {self.activations / GIB:8.3f} GiB  (of a batch)"
+        if self.activations is not None:
+            yield f"activations   {self.activations / GIB:8.3f} GiB  (of a batch)"
         yield f"in all        {self.memory / GIB:8.3f} GiB  of {self.available / GIB:.3f} GiB that are free"
+        if self.activations is None:
+            yield "this does not fit, with no picture yet: take optimizer.name = adam8bit or adafactor, fewer"
+            yield "loop.ema_images, a smaller network, or several processes with loop.parallel = fsdp"
+            return
         if self.seconds is None or self.total is None:
             yield "a batch does not fit: take a smaller loop.batch and a larger loop.accumulate,"
             yield "loop.gradient_checkpointing, or optimizer.name = adam8bit or adafactor"
@@ -91,60 +103,93 @@ class Plan:
 def plan(config: TrainingConfig, report: Report = lambda _: None) -> Plan:
     """What the run of a recipe takes on this machine; nothing is written that stays.
 
-    Errors as `run`. `InputError` for a recipe of several processes: they are planned as one.
+    Errors as `run`, and `InputError` among several processes: one alone plans.
     """
+    if (world := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise InputError(
+            f"{world} processes were started, and a run is planned by one",
+            "Leave out torchrun; give loop.batch divided by the number of processes.",
+        )
     device, loop = resolve_device(config.device), config.loop
+    available = _available(device)
     with tempfile.TemporaryDirectory() as folder:
-        few = config.model_copy(update={"out": Path(folder)})
-        began = time.perf_counter()
-        encoded: dict[str, float] = {}
-        whole: list[int] = []
+        count = max(2, min(loop.batch, FEW))
+        few: list[_Few] = []
 
         def told(line: Mapping[str, Any]) -> None:
-            if "encoded" in line:
-                encoded["seconds"] = time.perf_counter() - began
+            if "encoded" in line and few:
+                few[-1].encoded(line)
             report(line)
 
         def narrowed(dataset: Dataset) -> Dataset:
-            whole.append(len(dataset))
-            return cast(Dataset, _Few(dataset, max(2, min(loop.batch, FEW))))
+            few.append(_Few(dataset, count))
+            return cast(Dataset, few[-1])
 
-        task = make_task(few, device, told, narrowed)
-        encoding = 0.0
-        if encoded:
-            opened = sum(min(count, max(2, min(loop.batch, FEW))) for count in whole)
-            encoding = encoded["seconds"] * sum(whole) / opened
+        task = make_task(_elsewhere(config, Path(folder), count), device, told, narrowed)
         modules, parameters = task.modules, task.optimized()
-        optimizers = make_optimizers(config.optimizer, parameters, modules)
-        averages = averages_of(modules, loop.half_lives)
-        per_picture, fixed = _activations(task, config, device)
         trained = {id(p): p for group in parameters.values() for p in group}
         every = {id(p): p for module in _networks(task) for p in module.parameters()}
+        averaged = [p for module in modules.values() for p in module.parameters()]
         counted = Plan(
             parameters=sum(p.numel() for p in every.values()),
             trained=sum(p.numel() for p in trained.values()),
-            weights=sum(p.numel() * p.element_size() for p in every.values()),
-            gradients=sum(p.numel() * p.element_size() for p in trained.values()),
+            weights=sum(p.nbytes for p in every.values()),
+            gradients=sum(p.nbytes for p in trained.values()),
             optimizer=state_bytes(config.optimizer.name, list(trained.values())),
-            averages=sum(v.numel() * v.element_size() for a in averages.values() for v in a.average.values()),
-            activations=fixed + per_picture * loop.batch,
-            available=_available(device),
+            averages=len(loop.half_lives) * sum(p.nbytes for p in averaged),
+            activations=None,
+            available=available,
             seconds=None,
             steps=-(-loop.images // (loop.batch * loop.accumulate)),
-            encoding=encoding,
+            encoding=sum(each.seconds for each in few),
         )
         if not counted.fits:
             return counted
+        per_picture, fixed = _activations(task, config, device)
+        counted = replace(counted, activations=fixed + per_picture * loop.batch)
+        if not counted.fits:
+            return counted
+        optimizers = make_optimizers(config.optimizer, parameters, modules)
+        averages = averages_of(modules, loop.half_lives)
         seconds = _timed(task, config, device, optimizers, averages)
     return replace(counted, seconds=seconds)
 
 
+def _elsewhere(config: TrainingConfig, folder: Path, count: int) -> TrainingConfig:
+    """The recipe with all that it writes in `folder`, and a few grey pictures there instead of a class's own.
+
+    Those would be drawn by the model, and stay where the recipe wants them.
+    """
+    if config.finetune is None or config.finetune.prior is None:
+        return config.model_copy(update={"out": folder / "run"})
+    path = folder / "prior"
+    path.mkdir()
+    height, width = config.data.shape
+    for number in range(count):
+        Image.new("RGB", (width, height), (128, 128, 8 * number)).save(path / f"{number:06d}.png")
+    prior = config.finetune.prior.model_copy(update={"path": path})
+    finetune = config.finetune.model_copy(update={"prior": prior})
+    return config.model_copy(update={"out": folder / "run", "finetune": finetune})
+
+
 class _Few:
-    """The first pictures of a data set, under all of its captions: vocabularies are learned from them."""
+    """The first pictures of a data set, under all of its captions: vocabularies are learned from them.
+
+    seconds: what encoding takes of the whole data set, by the first batch of these.
+    """
 
     def __init__(self, dataset: Dataset, count: int) -> None:
         self._dataset, self._count = dataset, min(count, len(dataset))
-        self.order: Sequence[int] = [i for i in dataset.order if i < self._count] or list(range(self._count))
+        shown = [i for i in dataset.order if i < self._count]
+        self.order: Sequence[int] = shown or list(range(self._count))
+        self.seconds, self._began = 0.0, 0.0
+        if isinstance(dataset, Placed):
+            # As attributes: from Python 3.12 on `__getattr__` does not make this `Placed`.
+            for name in {*Placed.__annotations__, *vars(Placed)}:
+                if not name.startswith("_") and not hasattr(type(self), name) and name != "order":
+                    setattr(self, name, getattr(dataset, name))
+            if shown:
+                dataset.only(shown)  # what replaces an unusable picture
 
     def __len__(self) -> int:
         return self._count
@@ -156,6 +201,31 @@ class _Few:
         if index:
             return self._dataset.captions(index)
         return [text for each in range(len(self._dataset)) for text in self._dataset.captions(each)]
+
+    def sound(self, position: Position) -> Position:
+        """Another of the few, even where the data set shows none of them."""
+        dataset = cast(Placed, self._dataset)
+        for index in (position.index, *range(self._count)):
+            if dataset.size(index) == dataset.size(position.index):
+                found = dataset.sound(replace(position, index=index))
+                if found.index < self._count:
+                    return found
+        raise DataError(f"none of the first {self._count} pictures can be read", "See `sfumato data check`.")
+
+    def picture(self, index: int) -> Image.Image:
+        self._began = self._began or time.perf_counter()
+        return self._dataset.picture(index)
+
+    def variant(self, index: int, flipped: bool) -> Image.Image | None:
+        self._began = self._began or time.perf_counter()
+        return cast(Placed, self._dataset).variant(index, flipped)
+
+    def encoded(self, line: Mapping[str, Any]) -> None:
+        """Take note of a report of the encoding, of which the first counts."""
+        if self._began and not self.seconds:
+            rows = line["encoded"] + line["seconds_left"] * line["images_per_second"]
+            share = line["encoded"] / rows * self._count / len(self._dataset)
+            self.seconds = (time.perf_counter() - self._began) / share
 
 
 def _activations(task: Task, config: TrainingConfig, device: torch.device) -> tuple[int, int]:
@@ -239,14 +309,52 @@ def _settled(device: torch.device) -> None:
 
 
 def _available(device: torch.device) -> int:
-    """Bytes that are free on the device; of a CPU, in the whole machine or the control group."""
+    """Bytes that are free on the device; of a CPU, in the whole machine or in the control group."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *_left(GROUPS, Path("/proc/self/cgroup"))])
+
+
+def _left(root: Path, own: Path) -> Iterator[int]:
+    """Bytes that the control groups of this process still allow, those above it too; none without limits.
+
+    root: where their file system is; own: the list of the process's groups.
+    """
+    try:
+        lines = own.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, kinds, name = line.split(":", 2)
+        if kinds and "memory" not in kinds.split(","):
+            continue
+        top = root / "memory" if kinds else root
+        place = top / name.strip("/")
+        # A container sees its own group as the top, under whatever name the machine has for it.
+        for folder in (place, *place.parents):
+            for limit, used in USES:
+                try:
+                    most = int((folder / limit).read_text(encoding="ascii"))
+                    yield max(0, most - int((folder / used).read_text(encoding="ascii")) + _cache(folder))
+                except (OSError, ValueError):  # not there, or "max"
+                    continue
+            if folder == top:
+                break
+
+
+def _cache(folder: Path) -> int:
+    """Bytes of files that a control group holds in memory and gives up when they are needed."""
+    try:
+        lines = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    values = dict(line.split() for line in lines)
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
 
 
 def _span(seconds: float) -> str:

@@ -13,6 +13,7 @@ from sfumato.errors import InputError
 from sfumato.training.settings_loop import OptimizerConfig
 
 ELEMENTWISE = ("adamw", "lion", "sgd")  # a weight's step is its own affair: its rows can be stepped
+ALONE = ("final_layer_norm",)  # of text encoders, which `hidden_state` calls when they themselves have ended
 UNCALLED = (nn.Module.forward, nn.ModuleList.forward)  # what modules have that only hold others
 
 # torch.distributed.tensor takes half a second to import, so it is not asked for by name before it is needed.
@@ -56,13 +57,19 @@ def shard(
 
     A block (a child of a module list that is called) is gathered when it is called and let go afterwards; so
     is what is outside of blocks, with its network. Methods named `encode` and `decode` count as calls.
-    Raises `InputError` for an optimizer that needs whole weights.
+    Raises `InputError` for an optimizer that needs whole weights, and for weights that are no network's.
     """
     if optimizer.name not in ELEMENTWISE:
         raise InputError(
             f"optimizer.name is {optimizer.name!r}, which needs whole weights; loop.parallel is 'fsdp'",
             f'Use one of {", ".join(ELEMENTWISE)}, or loop.parallel = "ddp".',
         )
+    for part, module in modules.items():
+        if type(module).forward in UNCALLED:  # as LoRA's changes and a word's vectors
+            raise InputError(
+                f'loop.parallel is "fsdp", and what is trained ({part}) is small weights beside a network',
+                'Use loop.parallel = "ddp".',
+            )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
@@ -80,9 +87,9 @@ def shard(
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The outermost children of module lists that can be called themselves."""
-    for child in module.children():
-        if isinstance(module, nn.ModuleList) and type(child).forward not in UNCALLED:
+    """The outermost children of module lists that can be called themselves, and `ALONE`."""
+    for name, child in module.named_children():
+        if name in ALONE or (isinstance(module, nn.ModuleList) and type(child).forward not in UNCALLED):
             yield child
         else:
             yield from _blocks(child)
