@@ -137,9 +137,7 @@ def main() -> None:
     given = parser.parse_args()
     prepare(given.work)
     load = os.getloadavg()[0]
-    cases = {
-        name: case(name, given.work, given.steps, given.threads, given.pairs) for name in given.cases
-    }
+    cases = {name: case(name, given.work, given.steps, given.threads, given.pairs) for name in given.cases}
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
         "threads": given.threads,

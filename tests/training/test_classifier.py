@@ -147,7 +147,7 @@ DAMAGED: dict[str, tuple[Callable[[str], str], str]] = {
     "another version": (edited('{"version": 2}'), "format 2, this program reads 1"),
     "an unknown key": (edited('{"colour": 1}'), "unknown key 'colour'"),
     "a huge number": (edited('{"schedule": {"num_timesteps": 1e12}}'), "holds the number"),
-    "no number": (lambda text: text.replace('"version": 1', '"version": NaN'), "format nan, this program reads 1"),
+    "no number": (lambda text: text.replace('"version": 1', '"version": NaN'), "format nan, this program"),
     "other classes": (edited('{"classes": ["a", "b", "c"]}'), "there are 3 classes"),
     "another size": (edited('{"size": [16, 16]}'), "does not fit"),
 }  # fmt: skip
