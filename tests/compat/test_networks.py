@@ -145,7 +145,10 @@ def test_interface_quantises_on_decoding() -> None:
     x = torch.randn(1, 3, 16, 16)
     latents = model.encode(x)
     quantised = view(model, VQModel).encode(x)[0]
-    torch.testing.assert_close(model.decode(latents), model.decode(quantised, force_not_quantize=True))
+    # The straight-through z + (entry - z) rounds otherwise than the entry itself.
+    torch.testing.assert_close(
+        model.decode(latents), model.decode(quantised, force_not_quantize=True), rtol=1e-3, atol=1e-4
+    )
     assert not torch.allclose(model.decode(latents), model.decode(latents, force_not_quantize=True))
     torch.testing.assert_close(model(x), model.decode(latents))
 
