@@ -58,6 +58,7 @@ GROUPS = {  # by the name that a test below has for them: a page, and how those 
     "large pictures": ("docs/large-pictures.md", "sfumato (generate|morph)"),
     "recipes": ("docs/recipes.md", "sfumato replay"),
     "grid": ("docs/recipes.md", "sfumato grid"),
+    "remedy": ("docs/reproduction.md", r"python examples/reproduction/main\.py"),
     "notes": ("docs/reproduction.md", r"sfumato (train \w+\.ini|generate)"),
     "CLIP": ("docs/reproduction.md", r"sfumato train .*-clip\.toml"),
     "one process": ("docs/scale.md", "sfumato train"),
@@ -192,6 +193,16 @@ def test_the_notes(clone: Path, capsys: Capture) -> None:
     for command in group("notes"):
         run(command, capsys, *(NOTES if command.startswith("sfumato train") else []))
     assert (clone / "runs/notes/epoch-0001.png").exists() and len(list(clone.glob("*.png"))) == 1
+
+
+def test_the_remedy(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "examples", "examples")
+    (command,) = group("remedy")
+    monkeypatch.setattr(sys, "argv", [*shlex.split(command)[1:], *NOTES])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path("examples/reproduction/main.py", run_name="__main__")
+    assert ended.value.code == 0
+    assert (clone / "examples/reproduction/pictures/test_pic/model.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["example", "example, Chinese"])
