@@ -44,9 +44,9 @@ SCHEDULES: Mapping[str, ScheduleConfig] = {
 }
 LEFT = 0.1  # of the signal's amplitude at the last timestep, which sampling starts without
 LEVELS = (0.3, 0.6, 1.2, 2.4, 4.8)  # noise levels at which schedules are told apart
-BETTER = (
-    0.97  # the error of another schedule or scale, as a share of the own one's, from which on it is named
-)
+# The error of another schedule or scale, as a share of the own one's, from which on it is named.
+BETTER = 0.97
+PLAIN = 0.9  # and that of another scale where the pictures may be unlike those that the model knows
 DOUBT = 0.985  # and that from which on another scale is mentioned: own ones are 1 % better than any, or more
 STEPS = (0.7, 1.4)  # of the scales that are tried, as long as they get better, to MOST of them each way
 MOST = 3
@@ -91,7 +91,8 @@ def examine(model: StableDiffusion, pictures: Tensor | None = None) -> Iterator[
         yield told
         # A wrong schedule looks like a wrong scale: both show the network noise that it takes for another.
         if told.level == "good" and model.autoencoder is not None:
-            yield suited(raw, model.schedule, latents, found.name, model.latent_scale)
+            sure = pictures is not None
+            yield suited(raw, model.schedule, latents, found.name, model.latent_scale, sure)
 
 
 def under(model: StableDiffusion, latents: Tensor) -> Raw:
@@ -203,10 +204,13 @@ def timesteps(raw: Raw, schedule: Schedule, latents: Tensor, name: str) -> Findi
 
 
 @torch.no_grad()
-def suited(raw: Raw, schedule: Schedule, latents: Tensor, name: str, factor: float) -> Finding:
+def suited(
+    raw: Raw, schedule: Schedule, latents: Tensor, name: str, factor: float, sure: bool = True
+) -> Finding:
     """Whether a network answers best about latents of the scale that they are given in, or of another.
 
-    latents: (b, c, ...), scaled by `factor`. Each scale is shown with as much noise for its signal.
+    latents: (b, c, ...), scaled by `factor`. Each scale is shown with as much noise for its signal. sure:
+    whether the pictures are of the model's domain; contrasts of others may suit it less than theirs.
     """
     errors = {1.0: _error(raw, schedule, schedule, latents, name)}
     for step in STEPS:
@@ -216,8 +220,9 @@ def suited(raw: Raw, schedule: Schedule, latents: Tensor, name: str, factor: flo
                 break
     best = min(errors, key=errors.__getitem__)
     if errors[best] < DOUBT * errors[1.0]:
+        fault = BETTER if sure else PLAIN
         return Finding(
-            "fault" if errors[best] < BETTER * errors[1.0] else "note",
+            "fault" if errors[best] < fault * errors[1.0] else "note",
             f"the network answers better about latents of {best:.2g} times the scale "
             f"(mean error {errors[best]:.4f} against {errors[1.0]:.4f})",
             f"latent_scale is {factor:g}; about {factor * best:.3g} suits the network better. "
