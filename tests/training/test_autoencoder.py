@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,28 +29,14 @@ from sfumato.training.tasks.autoencoder import AutoencoderTask
 from sfumato.training.tasks.autoencoder.finish import distil, measured, scaled
 from sfumato.training.tasks.autoencoder.scores import worst_tiles
 
-CPU = torch.device("cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+from autoencoder_runs import CPU, SHORT, VQ, batch_of, task_of
+
 Recipe = Callable[..., TrainingConfig]
 Trained = Callable[..., Path]
-VQ = {"double_z": False, "n_embed": 16}
 PAPER = {
     "perceptual": "ssim", "adversarial": "hinge", "disc_layers": 1, "disc_width": 4, "learn_logvar": True,
 }  # fmt: skip
-SHORT = {"images": 16, "save_images": 8, "preview_images": 16}
-
-
-def task_of(config: TrainingConfig) -> AutoencoderTask:
-    torch.manual_seed(config.seed)
-    task = make_task(config, CPU)
-    assert isinstance(task, AutoencoderTask)
-    return task
-
-
-def batch_of(task: AutoencoderTask) -> Any:
-    batches = task.batches(0, 4)
-    batch = next(batches)
-    batches.close()
-    return batch
 
 
 def state_of(config: TrainingConfig) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,29 +20,19 @@ from sfumato.nn.codebook import chosen
 from sfumato.nn.vq import VQModel
 from sfumato.training.config import TrainingConfig
 from sfumato.training.loop import train
-from sfumato.training.run import make_task
 from sfumato.training.tasks.autoencoder import AutoencoderTask
 from sfumato.training.tasks.autoencoder.task import _format
 
-CPU = torch.device("cpu")
+sys.path.insert(0, str(Path(__file__).parent))
+from autoencoder_runs import CPU, SHORT, VQ, batch_of, task_of
+
 Recipe = Callable[..., TrainingConfig]
 Trained = Callable[..., Path]
-VQ = {"double_z": False, "n_embed": 16}
-SHORT = {"images": 16, "save_images": 8, "preview_images": 16}
-
-
-def task_of(config: TrainingConfig) -> AutoencoderTask:
-    torch.manual_seed(config.seed)
-    task = make_task(config, CPU)
-    assert isinstance(task, AutoencoderTask)
-    return task
 
 
 def step(task: AutoencoderTask) -> Tensor:
     """The pictures of the first batch, after its losses and what follows them."""
-    batches = task.batches(0, 4)
-    batch = next(batches)
-    batches.close()
+    batch = batch_of(task)
     list(task.losses(batch, 0))
     return batch[1]
 

@@ -121,18 +121,20 @@ def list_any(
         )
     if (table := table_of(root)) is not None:
         return list_table(table, reading)
-    packed = (root / "state.json").is_file() or any(root.glob("*.tar")) or any(root.glob("*.parquet"))
+    saved = (root / "state.json").is_file() or (root / "dataset_dict.json").is_file()
+    tars = any(root.glob("*.tar"))
+    parquet = sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet"))
     for what, folder in (("conditions", reading.conditions), ("masks", reading.masks)):
-        if packed and folder is not None:
+        if (saved or tars or parquet) and folder is not None:
             raise InputError(
                 f"data.{what} is {folder}, and {root} holds pictures in archives, which have their own",
                 f"Put the {what} into the archives, as docs/training-data.md says, or unpack the pictures.",
             )
-    if (root / "state.json").is_file() or (root / "dataset_dict.json").is_file():
+    if saved:
         return list_saved(root, split, reading)
-    if any(root.glob("*.tar")):
+    if tars:
         return list_tars(root, reading)
-    if parquet := sorted(root.glob("*.parquet")) or sorted((root / "data").glob("*.parquet")):
+    if parquet:
         return list_parquet(parquet, split, reading)
     if (apart := _folder_of(root, split)) is not None:
         return list_any(apart[0], split, reading, entries)._replace(apart=apart[1])
